@@ -1,0 +1,75 @@
+"""Builds csrc/ into kvkern._C: pybind11, one ninja file, no torch headers. All else is in pyproject.toml."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MAC = sys.platform == "darwin"
+CXXFLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wextra -pthread"
+LDFLAGS = "-bundle -undefined dynamic_lookup" if MAC else "-shared -pthread"
+
+NINJA = """\
+cxx = {cxx}
+cxxflags = {cxxflags}
+ldflags = {ldflags}
+rule compile
+  command = $cxx $cxxflags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = c++ $in
+rule link
+  command = $cxx $in $ldflags -o $out
+  description = link $out
+{edges}
+"""
+
+
+def escape(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaBuild(build_ext):
+    """One build.ninja an extension: only what changed is compiled again, headers included."""
+
+    def build_extension(self, ext: Extension) -> None:
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        folder = Path("build", f"ninja{suffix}").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+
+        objects = [(escape(str(Path(source).resolve())), f"{Path(source).stem}.o") for source in ext.sources]
+        edges = [f"build {out}: compile {source}" for source, out in objects]
+        edges.append("build module.so: link " + " ".join(out for _, out in objects))
+        includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+        flags = [CXXFLAGS, *(f"-isystem {shlex.quote(path)}" for path in dict.fromkeys(includes))]
+        text = NINJA.format(
+            cxx=os.environ.get("CXX") or shutil.which("g++") or "c++",
+            cxxflags=" ".join([*flags, os.environ.get("CXXFLAGS", "")]),
+            ldflags=" ".join([LDFLAGS, os.environ.get("LDFLAGS", "")]),
+            edges="\n".join(edges),
+        )
+        Path(folder, "build.ninja").write_text(text)
+
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(folder / "module.so"), str(target))
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "kvkern._C",
+            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+        )
+    ],
+    cmdclass={"build_ext": NinjaBuild},
+)
