@@ -1,0 +1,379 @@
+"""Attention over a path of shared prefixes and an agent's own suffix: check, append (K0), prefixes (K1), suffix (K2).
+
+Below the functions lies one flat operator of torch.library, `kvkern::shared_prefix_attention`, which takes tensors and
+numbers only and declares the pages mutated: it is what opcheck and torch.compile see.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kvkern import backends, plain
+from kvkern.errors import DeviceError, DtypeError, RequestError, ShapeError
+from kvkern.geometry import DTYPES, PAGE, Geometry
+from kvkern.pages import PagePool
+from kvkern.plan import AgentRows, Plan
+from kvkern.prefix import SharedPrefix
+
+
+@torch.library.custom_op("kvkern::shared_prefix_attention", mutates_args=("k_pages", "v_pages"))
+def _flat(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    row_slot: Tensor,
+    row_back: Tensor,
+    suffix_tiles: Tensor,
+    path_table: Tensor,
+    node_table: Tensor,
+    items: Tensor,
+    layer: int,
+    sm_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The flat operator: shapes as in `PlanTensors` and `plain`; k and v may have no rows, then nothing is appended."""
+    run = backends.choose(backend, q.device)
+    if k.shape[0]:
+        run.append(k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
+    num_kv_heads = k_pages.shape[1]
+    state = run.prefix_attention(
+        q, node_table, items, path_table, num_kv_heads=num_kv_heads, layer=layer, sm_scale=sm_scale
+    )
+    return run.suffix_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        seq_lens,
+        row_slot,
+        row_back,
+        suffix_tiles,
+        path_table,
+        state,
+        sm_scale=sm_scale,
+    )
+
+
+@_flat.register_fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    row_slot: Tensor,
+    row_back: Tensor,
+    suffix_tiles: Tensor,
+    path_table: Tensor,
+    node_table: Tensor,
+    items: Tensor,
+    layer: int,
+    sm_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@overload
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    pages: PagePool,
+    *,
+    layer: int,
+    sm_scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    pages: PagePool,
+    *,
+    layer: int,
+    sm_scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    pages: PagePool,
+    *,
+    layer: int,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Append k and v of these rows to their agents' pages, then attend: over the path of prefixes, and causally over the own suffix.
+
+    q        [rows, num_qo_heads, head_dim], fp32, fp16 or bf16; any strides, the last one 1
+    k, v     [rows, num_kv_heads, head_dim], like q
+    plan     Plan of these rows, begun for this step (`plan.begin()`)
+    pages    PagePool the plan was made for; its pages of these agents are written, the prefixes are only read
+    layer    index into the prefixes and the pages
+    sm_scale factor on q.k before the softmax; head_dim ** -0.5 if None
+    backend  "triton" or "torch"; by default the device decides
+
+    Returns o, like q; with return_lse also lse [rows, num_qo_heads] fp32, natural logarithm (FlashInfer's is base 2).
+    A row's bits depend on its own q, path and suffix, and on nothing else in the batch. Padding rows give 0 and -inf.
+    Raises ShapeError, DtypeError, DeviceError or RequestError before any launch, naming the argument.
+    Source: attention over prefix and suffix apart, Juravsky et al. 2024, arXiv 2402.05099.
+    """
+    _check_rows(q, k, v, plan, pages, layer)
+    o, lse = _flat(
+        q,
+        k,
+        v,
+        pages.k_pages(layer),
+        pages.v_pages(layer),
+        pages.page_table,
+        pages.seq_lens,
+        *plan.tensors,
+        layer,
+        q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        backends.choose(backend, pages.device).name,
+    )
+    return (o, lse) if return_lse else o
+
+
+def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pages: PagePool, layer: int) -> None:
+    rows, num_qo_heads, num_kv_heads, head_dim, dtype, device = plan.expects
+    if plan.pool is not pages:
+        raise RequestError(
+            "pages",
+            found="another pool than the plan's",
+            needed="the pool that the plan was made for",
+            do="make the plan for this pool",
+        )
+    if not 0 <= layer < pages.geometry.layers:
+        raise ShapeError(
+            "layer", found=layer, needed=f"0 to {pages.geometry.layers - 1}", do="name a layer of the pool"
+        )
+    for name, tensor, heads in (("q", q, num_qo_heads), ("k", k, num_kv_heads), ("v", v, num_kv_heads)):
+        if tensor.dim() != 3 or tuple(tensor.shape) != (rows, heads, head_dim):
+            raise ShapeError(
+                name,
+                found=list(tensor.shape),
+                needed=[rows, heads, head_dim],
+                do="bring the rows of this plan, in its order",
+            )
+        if tensor.stride(-1) != 1:
+            raise ShapeError(f"{name}.stride(-1)", found=tensor.stride(-1), needed=1, do=f"pass {name}.contiguous()")
+        if tensor.dtype != dtype:
+            raise DtypeError(
+                name,
+                found=tensor.dtype,
+                needed=f"{dtype} as in the pool",
+                do="convert it, or make the pool in this dtype",
+            )
+        if tensor.device != device:
+            raise DeviceError(
+                name, found=tensor.device, needed=f"{device} as in the pool", do="move it to the pool's device"
+            )
+
+
+@overload
+def attend(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    seq_lens: Tensor,
+    sm_scale: float | None = None,
+    return_lse: Literal[False] = False,
+    *,
+    backend: str | None = None,
+    workers_per_node: int = 1,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    seq_lens: Tensor,
+    sm_scale: float | None,
+    return_lse: Literal[True],
+    *,
+    backend: str | None = None,
+    workers_per_node: int = 1,
+) -> tuple[Tensor, Tensor]: ...
+def attend(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    seq_lens: Tensor,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    backend: str | None = None,
+    workers_per_node: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a batch over one shared prefix and its own suffixes, on plain tensors.
+
+    q                   [B, num_qo_heads, head_dim], or [B, R, num_qo_heads, head_dim]: the last R tokens of each suffix
+    k_prefix, v_prefix  [P, num_kv_heads, head_dim], visible to every row; P may be 0
+    k_suffix, v_suffix  [B, S, num_kv_heads, head_dim], the first seq_lens[b] tokens of each count
+    seq_lens            int [B], 0 to S; a q row whose own token would lie before the suffix's first sees the prefix alone
+    sm_scale            factor on q.k before the softmax; head_dim ** -0.5 if None
+    workers_per_node    runs that the prefix is cut into; the bits do not depend on it
+
+    Returns o like q; with return_lse also lse [B, (R,) num_qo_heads] fp32, natural logarithm; 0 and -inf where nothing is seen.
+    Copies prefix and suffixes into a block and pages first: an engine that keeps them uses `shared_prefix_attention`.
+    Raises ShapeError, DtypeError, DeviceError or RequestError naming the argument.
+    """
+    lengths = _check_attend(q, k_prefix, v_prefix, k_suffix, v_suffix, seq_lens)
+    queries = q[:, None] if q.dim() == 3 else q
+    batch, rows, num_qo_heads, head_dim = queries.shape
+    num_kv_heads = k_prefix.shape[1]
+    geometry = Geometry(1, num_qo_heads, num_kv_heads, head_dim, q.dtype)
+    pool = PagePool(geometry, max(1, sum(-(-n // PAGE) for n in lengths)), slots=batch, device=q.device)
+    for b, n in enumerate(lengths):
+        slot = pool.acquire_slot()
+        pool.reserve(slot, n)
+        pool.advance(slot, n)
+        table = pool.page_table[slot].long()
+        for pages, suffix in ((pool.k_pages(0), k_suffix), (pool.v_pages(0), v_suffix)):
+            position = torch.arange(n, device=q.device)
+            pages[table[position // PAGE], :, position % PAGE] = suffix[b, :n]
+        pool.seq_lens[slot] = n
+
+    node = None
+    if k_prefix.shape[0]:
+        node = SharedPrefix(geometry, torch.zeros(k_prefix.shape[0], dtype=torch.int64), device=q.device)
+        node.block()[0, 0, :, : node.tokens] = k_prefix.transpose(0, 1)
+        node.block()[0, 1, :, : node.tokens] = v_prefix.transpose(0, 1)
+        node.publish()
+    plan = Plan.make(pool, [AgentRows(slot, node, rows) for slot in range(batch)], workers_per_node=workers_per_node)
+    assert plan.order == tuple(range(batch))
+    none = q.new_empty((0, num_kv_heads, head_dim))
+    o, lse = _flat(
+        queries.reshape(batch * rows, num_qo_heads, head_dim),
+        none,
+        none,
+        pool.k_pages(0),
+        pool.v_pages(0),
+        pool.page_table,
+        pool.seq_lens,
+        *plan.tensors,
+        0,
+        head_dim**-0.5 if sm_scale is None else sm_scale,
+        backends.choose(backend, q.device).name,
+    )
+    if node is not None:
+        node.release()
+    o, lse = o.view(q.shape), lse.view(q.shape[:-1])
+    return (o, lse) if return_lse else o
+
+
+def _check_attend(
+    q: Tensor, k_prefix: Tensor, v_prefix: Tensor, k_suffix: Tensor, v_suffix: Tensor, seq_lens: Tensor
+) -> list[int]:
+    """Lengths on the host, or an error that names the argument."""
+    if q.dim() not in (3, 4) or 0 in q.shape:
+        raise ShapeError(
+            "q",
+            found=list(q.shape),
+            needed="[B, num_qo_heads, head_dim] or [B, R, num_qo_heads, head_dim], none of them 0",
+            do="pass at least one row",
+        )
+    batch, head_dim = q.shape[0], q.shape[-1]
+    if k_prefix.dim() != 3 or k_prefix.shape[-1] != head_dim:
+        raise ShapeError(
+            "k_prefix",
+            found=list(k_prefix.shape),
+            needed=f"[P, num_kv_heads, {head_dim}]",
+            do="pass the keys of the prefix token by token",
+        )
+    heads = k_prefix.shape[1]
+    suffix_shape = [batch, k_suffix.shape[1] if k_suffix.dim() == 4 else "S", heads, head_dim]
+    for name, tensor, needed in (
+        ("v_prefix", v_prefix, list(k_prefix.shape)),
+        ("k_suffix", k_suffix, suffix_shape),
+        ("v_suffix", v_suffix, suffix_shape),
+        ("seq_lens", seq_lens, [batch]),
+    ):
+        if list(tensor.shape) != needed:
+            raise ShapeError(
+                name, found=list(tensor.shape), needed=needed, do="bring prefix, suffixes and q of one model and batch"
+            )
+    if q.dtype not in DTYPES:
+        raise DtypeError("q", found=q.dtype, needed="float32, float16 or bfloat16", do="convert it")
+    for name, tensor in (
+        ("k_prefix", k_prefix),
+        ("v_prefix", v_prefix),
+        ("k_suffix", k_suffix),
+        ("v_suffix", v_suffix),
+    ):
+        if tensor.dtype != q.dtype:
+            raise DtypeError(name, found=tensor.dtype, needed=f"{q.dtype} as in q", do="convert it")
+        if tensor.device != q.device:
+            raise DeviceError(name, found=tensor.device, needed=f"{q.device} as q", do="move it")
+    if seq_lens.dtype.is_floating_point or seq_lens.dtype == torch.bool:
+        raise DtypeError("seq_lens", found=seq_lens.dtype, needed="integers", do="pass the suffix lengths in tokens")
+    lengths: list[int] = seq_lens.tolist()
+    for b, n in enumerate(lengths):
+        if not 0 <= n <= k_suffix.shape[1]:
+            raise RequestError(
+                f"seq_lens[{b}]",
+                found=n,
+                needed=f"0 to {k_suffix.shape[1]}, the tokens in k_suffix",
+                do="give lengths that the suffixes have",
+            )
+    return lengths
+
+
+def merge_state(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over keys A and attention over keys B -> attention over both. The order of A and B is part of the rounding.
+
+    o_a, o_b      [..., head_dim], fp32, fp16 or bf16
+    lse_a, lse_b  [...], fp32, natural logarithm; -inf where nothing was seen
+
+    Returns (o like o_a, lse fp32). Raises ShapeError or DtypeError naming the argument.
+    Source: Milakov and Gimelshein 2018, arXiv 1805.02867, as used between blocks of keys.
+    """
+    for name, tensor, needed in (
+        ("o_b", o_b, o_a.shape),
+        ("lse_a", lse_a, o_a.shape[:-1]),
+        ("lse_b", lse_b, o_a.shape[:-1]),
+    ):
+        if tensor.shape != needed:
+            raise ShapeError(
+                name, found=list(tensor.shape), needed=list(needed), do="merge results of the same rows and heads"
+            )
+    if o_a.dtype not in DTYPES or o_b.dtype != o_a.dtype:
+        raise DtypeError(
+            "o_b", found=f"{o_b.dtype} beside o_a {o_a.dtype}", needed="two equal floating dtypes", do="convert one"
+        )
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        if lse.dtype != torch.float32:
+            raise DtypeError(name, found=lse.dtype, needed=torch.float32, do="keep lse in fp32")
+    ones = torch.ones_like(lse_a)
+    merged = plain.merge(
+        plain.State(lse_a * (1 / math.log(2.0)), ones, o_a.float()),
+        plain.State(lse_b * (1 / math.log(2.0)), ones, o_b.float()),
+    )
+    o, lse = plain.finish(merged)
+    return o.to(o_a.dtype), lse

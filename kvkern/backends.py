@@ -1,0 +1,76 @@
+"""Which arithmetic serves a device: the torch functions of `plain`, or the Triton kernels. One contract for all.
+
+An explicit choice never falls back in silence: what cannot run here is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from kvkern import plain
+from kvkern.errors import BackendError
+
+NAMES = ("triton", "torch")
+
+
+class Backend(NamedTuple):
+    """The four functions of the contract (see `plain` for shapes), and why this backend was chosen."""
+
+    name: str
+    why: str
+    append: Callable[..., None]
+    prefix_attention: Callable[..., plain.State]
+    suffix_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    merge: Callable[[plain.State, plain.State], plain.State]
+
+
+def choose(name: str | None, device: torch.device | str) -> Backend:
+    """The backend of this name on this device; by default Triton on CUDA and torch elsewhere.
+
+    Raises BackendError for a name that is unknown or cannot run here.
+    """
+    return _choose(name, torch.device(device).type, interpreted())
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which also takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache
+def _choose(name: str | None, device: str, interpreter: bool) -> Backend:
+    if name not in (None, *NAMES):
+        raise BackendError(
+            "backend", found=name, needed=f"one of {', '.join(NAMES)}", do="leave it out to let the device decide"
+        )
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name is None:
+        name = "triton" if device == "cuda" and has_triton else "torch"
+        why = f"the default on {device}" if name == "triton" or device != "cuda" else "triton is not installed"
+    else:
+        why = "chosen by name"
+    if name == "torch":
+        return Backend(name, why, plain.append, plain.prefix_attention, plain.suffix_attention, plain.merge)
+    if not has_triton:
+        raise BackendError(
+            "backend",
+            found="triton, which is not installed",
+            needed="an installed triton",
+            do="pip install triton, or use backend='torch'",
+        )
+    if device != "cuda" and not interpreter:
+        raise BackendError(
+            "backend",
+            found=f"triton on {device}",
+            needed="a CUDA device, or TRITON_INTERPRET=1 set before kvkern is imported",
+            do="use backend='torch' here",
+        )
+    from kvkern.kernels import append, merge, prefix, suffix
+
+    return Backend(name, why, append.append, prefix.prefix_attention, suffix.suffix_attention, merge.merge)

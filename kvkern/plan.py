@@ -1,0 +1,258 @@
+"""Plan: the rows of one step in depth-first order of the prefix tree, and the work items of the kernels.
+
+Made when agents join, leave, or bring another number of rows. Lengths grow on the device (`begin`), so a decode step reuses
+its plan. All that varies with a plan is a tensor, hence a new plan never recompiles. Every check that can be made before a
+step is made here; a layer's call compares one small tuple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvkern.errors import CapacityError, DeviceError, ReadOnlyError, RequestError, ShapeError
+from kvkern.geometry import next_power_of_2, num_segments
+from kvkern.pages import PagePool
+from kvkern.prefix import SharedPrefix
+
+SUFFIX_BLOCK_M = 16
+"""Packed rows (tokens times G) that one worker of the suffix kernel takes at most."""
+
+LEAST = 2
+"""Rows and states that a table has at least: a compiler makes sizes of 0 and 1 constants, and a new plan must not recompile.
+Rows of zeros are added; a work item or a tile without rows does nothing."""
+
+STARTS, CONTINUES = 1, 2
+"""Flags of the path table: this state starts a node, or goes on with the node of the state before it."""
+
+
+class AgentRows(NamedTuple):
+    """What one agent brings to a step: its slot in the pool, the leaf of its path (None: no prefix), and rows."""
+
+    slot: int
+    node: SharedPrefix | None
+    rows: int
+
+
+class PlanTensors(NamedTuple):
+    """The plan on the device, in the order of the flat operator's arguments.
+
+    row_slot      int32 [T]       slot of each row; -1 for a padding row
+    row_back      int32 [T]       rows of the same agent after this one: suffix position = seq_lens[slot] - 1 - row_back
+    suffix_tiles  int32 [R, 4]    (slot, row begin, row end, path): rows of one agent for one worker of the suffix kernel
+    path_table    int32 [paths, S]  fold order of the states of a path: 1 starts a node, 2 continues it, 0 no more
+    node_table    int64 [N, 4]    (address of the allocation, P, padded P, tokens in a segment)
+    items         int32 [W, 6]    (node, row begin, row end, segment begin, segment end, state): a walk from segment 0 folds
+                                  as it goes and leaves one state; a later walk leaves every segment's state in its own slot
+    """
+
+    row_slot: Tensor
+    row_back: Tensor
+    suffix_tiles: Tensor
+    path_table: Tensor
+    node_table: Tensor
+    items: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One step's rows.
+
+    order       indices of the given agents in packing order
+    qo_indptr   row offsets in packing order, one more than agents
+    rows        rows of the step, padding included
+    last_rows   packed row of each given agent's last row, in the order given
+    tensors     the plan on the device
+    expects     (rows, num_qo_heads, num_kv_heads, head_dim, dtype, device) that a layer's call must bring
+    """
+
+    pool: PagePool
+    agents: tuple[AgentRows, ...]
+    order: tuple[int, ...]
+    qo_indptr: tuple[int, ...]
+    rows: int
+    last_rows: tuple[int, ...]
+    tensors: PlanTensors
+    expects: tuple[object, ...]
+    _blocks: tuple[Tensor, ...]
+    _slots: Tensor
+    _counts: Tensor
+
+    @classmethod
+    def make(
+        cls, pool: PagePool, agents: Sequence[AgentRows], *, bucket: int | None = None, workers_per_node: int = 1
+    ) -> Plan:
+        """Order agents by path, and cut the work.
+
+        bucket            rows to pad the step to; no padding if None
+        workers_per_node  runs that a node's segments are cut into; the bits do not depend on it
+
+        Raises RequestError (no agent, a slot twice, no rows), ReadOnlyError (a released prefix), ShapeError or DeviceError
+        (a prefix of another geometry or device than the pool's), CapacityError (more rows than the bucket holds).
+        """
+        _check(pool, agents, workers_per_node)
+        keys = _path_keys(agents)
+        order = sorted(range(len(agents)), key=lambda i: keys[i])
+        qo_indptr = [0]
+        for i in order:
+            qo_indptr.append(qo_indptr[-1] + agents[i].rows)
+        used = qo_indptr[-1]
+        rows = used if bucket is None else bucket
+        if rows < used:
+            raise CapacityError(
+                "bucket",
+                found=f"{bucket} rows",
+                needed=f"at least {used}",
+                do="use a larger bucket, or fewer rows a step",
+            )
+
+        row_slot, row_back, tiles = [-1] * rows, [0] * rows, []
+        tile_rows = max(1, SUFFIX_BLOCK_M // next_power_of_2(pool.geometry.G))
+        paths: dict[tuple[int, ...], int] = {}
+        for n, i in enumerate(order):
+            begin, end = qo_indptr[n], qo_indptr[n + 1]
+            row_slot[begin:end] = [agents[i].slot] * (end - begin)
+            row_back[begin:end] = range(end - begin - 1, -1, -1)
+            path = paths.setdefault(keys[i], len(paths))
+            tiles += [(agents[i].slot, r, min(r + tile_rows, end), path) for r in range(begin, end, tile_rows)]
+
+        nodes, items, flags = _cut(agents, order, keys, qo_indptr, workers_per_node)
+        width = max(LEAST, max(map(len, flags.values())))
+        table = [flags[key] + [0] * (width - len(flags[key])) for key in paths]
+        blocks = tuple(node.block() for node in nodes)
+        node_rows = [
+            (block.data_ptr(), node.tokens, node.padded_tokens, node.segment_tokens)
+            for node, block in zip(nodes, blocks, strict=True)
+        ]
+
+        def vector(values: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(pool.device)
+
+        def table_of(values: Sequence[Sequence[int]], width: int, dtype: torch.dtype) -> Tensor:
+            filled = [*values, *[[0] * width] * (LEAST - len(values))]
+            return torch.tensor(filled, dtype=dtype).to(pool.device)
+
+        g = pool.geometry
+        row_of = dict(zip(order, qo_indptr[1:], strict=True))
+        return cls(
+            pool=pool,
+            agents=tuple(agents),
+            order=tuple(order),
+            qo_indptr=tuple(qo_indptr),
+            rows=rows,
+            last_rows=tuple(row_of[i] - 1 for i in range(len(agents))),
+            tensors=PlanTensors(
+                vector(row_slot, torch.int32),
+                vector(row_back, torch.int32),
+                table_of(tiles, 4, torch.int32),
+                table_of(table, width, torch.int32),
+                table_of(node_rows, 4, torch.int64),
+                table_of(items, 6, torch.int32),
+            ),
+            expects=(rows, g.num_qo_heads, g.num_kv_heads, g.head_dim, g.dtype, pool.device),
+            _blocks=blocks,
+            _slots=vector([agent.slot for agent in agents], torch.int64),
+            _counts=vector([agent.rows for agent in agents], torch.int32),
+        )
+
+    def begin(self) -> None:
+        """Count this step's rows into the suffix lengths, on host and device; once a step, before its first layer.
+
+        Raises CapacityError for a slot that was not reserved pages for its rows; then nothing is counted.
+        """
+        for n, agent in enumerate(self.agents):
+            try:
+                self.pool.advance(agent.slot, agent.rows)
+            except Exception:
+                for done in self.agents[:n]:
+                    self.pool.advance(done.slot, -done.rows)
+                raise
+        self.pool.seq_lens.index_add_(0, self._slots, self._counts)
+
+
+def _check(pool: PagePool, agents: Sequence[AgentRows], workers_per_node: int) -> None:
+    if not agents:
+        raise RequestError(
+            "agents", found="none", needed="at least one", do="make a plan only for a step that has rows"
+        )
+    if workers_per_node < 1:
+        raise RequestError("workers_per_node", found=workers_per_node, needed="at least 1", do="leave it out")
+    seen: set[int] = set()
+    for slot, node, rows in agents:
+        if slot in seen:
+            raise RequestError(
+                "agents.slot", found=f"{slot} twice", needed="each slot once", do="bring all rows of an agent together"
+            )
+        seen.add(slot)
+        if rows < 1:
+            raise RequestError(
+                "agents.rows", found=rows, needed="at least 1", do="leave an agent without rows out of the step"
+            )
+        pool.length(slot)
+        for above in node.path() if node is not None else ():
+            if above.released or not above.published:
+                raise ReadOnlyError(
+                    "prefix",
+                    found=repr(above),
+                    needed="a published prefix that is still held",
+                    do="publish before, and release after, the agents below it",
+                )
+            if (above.geometry, above.device) != (pool.geometry, pool.device):
+                kind = ShapeError if above.geometry != pool.geometry else DeviceError
+                raise kind(
+                    "prefix",
+                    found=f"{above.geometry} on {above.device}",
+                    needed=f"{pool.geometry} on {pool.device} as in the pool",
+                    do="make pool and prefix for one model",
+                )
+
+
+def _path_keys(agents: Sequence[AgentRows]) -> list[tuple[int, ...]]:
+    """Each agent's path as indices of nodes by first appearance: sorted, they are a depth-first order of the tree."""
+    index: dict[int, int] = {}
+    return [
+        tuple(index.setdefault(id(node), len(index)) for node in (agent.node.path() if agent.node else ()))
+        for agent in agents
+    ]
+
+
+def _cut(
+    agents: Sequence[AgentRows],
+    order: Sequence[int],
+    keys: Sequence[tuple[int, ...]],
+    qo_indptr: Sequence[int],
+    workers: int,
+) -> tuple[list[SharedPrefix], list[tuple[int, ...]], dict[tuple[int, ...], list[int]]]:
+    """Nodes in depth-first order, work items, and for each path its flags in fold order.
+
+    A node's rows are contiguous, and its states follow those of its ancestors, so siblings use the same slots for other rows.
+    """
+    nodes: list[SharedPrefix] = []
+    number: dict[tuple[int, ...], int] = {}
+    ranges: dict[tuple[int, ...], list[int]] = {}
+    for n, i in enumerate(order):
+        node = agents[i].node
+        for depth, above in enumerate(node.path() if node else (), start=1):
+            prefix = keys[i][:depth]
+            if prefix not in number:
+                number[prefix] = len(nodes)
+                nodes.append(above)
+                ranges[prefix] = [qo_indptr[n], qo_indptr[n + 1]]
+            ranges[prefix][1] = qo_indptr[n + 1]
+
+    items: list[tuple[int, ...]] = []
+    flags: dict[tuple[int, ...], list[int]] = {(): []}
+    for prefix, n in number.items():
+        segments = num_segments(nodes[n].tokens)
+        run = -(-segments // workers)
+        state = len(flags[prefix[:-1]])
+        begin, end = ranges[prefix]
+        items.append((n, begin, end, 0, min(run, segments), state))
+        for first in range(run, segments, run):
+            items.append((n, begin, end, first, min(first + run, segments), state + 1 + first - run))
+        flags[prefix] = flags[prefix[:-1]] + [STARTS] + [CONTINUES] * (segments - min(run, segments))
+    return nodes, items, flags
