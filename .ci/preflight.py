@@ -1,89 +1,76 @@
-"""Names what is missing to build kvkern, before anything is downloaded. Standard library only; runs on any python.
+"""Names what is missing to build kvkern, before anything is downloaded. Standard library only.
 
     $ python3 .ci/preflight.py
     kvkern cannot be built here yet:
       g++: not found in PATH
-        do: apt-get install g++        (Debian, Ubuntu)
-            dnf install gcc-c++        (Fedora)
+        do: apt-get install g++                (Debian, Ubuntu)
+            dnf install gcc-c++                (Fedora)
+
+Exit 0 when all is there, 1 otherwise. Its syntax is old enough for a python that is itself too old to say so.
 """
 
-from __future__ import print_function
-
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 OLDEST = (3, 11)
-HERE = "python%d.%d" % sys.version_info[:2]
-
-
-def find(program):
-    """Path of a program, or None: shutil.which is not in python 2."""
-    for folder in os.environ.get("PATH", "").split(os.pathsep):
-        path = os.path.join(folder, program)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
+VERSION = "{}.{}".format(*sys.version_info[:2])
 
 
 def packages(debian, fedora):
-    return [
-        "apt-get install %-18s (Debian, Ubuntu)" % debian,
-        "dnf install %-22s (Fedora)" % fedora,
-    ]
+    return [f"apt-get install {debian:22} (Debian, Ubuntu)", f"dnf install {fedora:26} (Fedora)"]
 
 
 def check_python():
     if sys.version_info[:2] >= OLDEST:
         return None
-    newer = ["python3.%d" % minor for minor in range(14, 10, -1)]
-    found = [name for name in newer if find(name)]
-    do = ["make PYTHON=%s" % found[0]] if found else packages("python3.11", "python3.11") + ["make PYTHON=python3.11"]
-    return "python: found %s at %s, needed 3.11 or newer" % (HERE[6:], sys.executable), do
+    newer = [f"python3.{minor}" for minor in range(14, 10, -1) if shutil.which(f"python3.{minor}")]
+    name = newer[0] if newer else "python3.11"
+    do = [] if newer else packages("python3.11", "python3.11")
+    return f"python: found {VERSION} at {sys.executable}, needed 3.11 or newer", [*do, f"make PYTHON={name} ..."]
 
 
 def check_venv():
     try:
-        import ensurepip  # noqa: F401  (Debian ships venv without it, in two packages)
+        # Debian ships venv without ensurepip, which comes in a package of its own.
+        import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as error:
-        return "venv: %s" % error, packages(HERE + "-venv", "python3")
+        return f"venv: {error}", packages(f"python{VERSION}-venv", "python3")
     return None
 
 
 def check_header():
-    import sysconfig
-
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
     if os.path.isfile(header):
         return None
-    return "Python.h: not found at %s" % header, packages(HERE + "-dev", "python3-devel")
+    return f"Python.h: not found at {header}", packages(f"python{VERSION}-dev", "python3-devel")
 
 
 def check_compiler():
-    compiler = os.environ.get("CXX") or "g++"
-    if not find(compiler.split()[0]) and not os.path.isfile(compiler.split()[0]):
-        return "%s: not found in PATH" % compiler, packages("g++", "gcc-c++")
-    probe = b"#include <thread>\nstatic_assert(__cplusplus >= 201703L);\nint main() {}\n"
-    command = compiler.split() + ["-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = run.communicate(probe)[0].decode("utf-8", "replace").strip()
-    if run.returncode:
-        said = output.splitlines()[0] if output else "exit status %d" % run.returncode
-        return "%s: cannot compile C++17: %s" % (compiler, said), packages("g++", "gcc-c++")
-    return None
+    compiler = (os.environ.get("CXX") or "g++").split()
+    if not shutil.which(compiler[0]):
+        return f"{compiler[0]}: not found in PATH", packages("g++", "gcc-c++")
+    probe = "#include <thread>\nstatic_assert(__cplusplus >= 201703L);\nint main() {}\n"
+    command = [*compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    run = subprocess.run(command, input=probe, text=True, capture_output=True)
+    if run.returncode == 0:
+        return None
+    said = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[0]
+    return f"{compiler[0]}: cannot compile C++17: {said}", packages("g++", "gcc-c++")
 
 
 def main():
-    checks = [check_python()]
-    if checks[0] is None:
-        checks += [check_venv(), check_header(), check_compiler()]
+    too_old = check_python()
+    checks = [too_old] if too_old else [check_venv(), check_header(), check_compiler()]
     missing = [check for check in checks if check]
     if not missing:
         return 0
     print("kvkern cannot be built here yet:", file=sys.stderr)
     for what, do in missing:
-        print("  " + what, file=sys.stderr)
+        print(f"  {what}", file=sys.stderr)
         for i, line in enumerate(do):
             print(("    do: " if i == 0 else "        ") + line, file=sys.stderr)
     return 1

@@ -69,6 +69,7 @@ public:
     // rewritten afterwards does is the kernel's affair: SIGBUS, or the new bytes.
     static std::unique_ptr<Mapping> map_file(const std::string& path, long long offset, long long size_bytes) {
         const std::size_t size = checked_size(size_bytes);
+        if (path.find('\0') != std::string::npos) throw std::invalid_argument("path: found a NUL byte in it");
         if (offset < 0 || static_cast<unsigned long long>(offset) % FILE_ALIGNMENT != 0)
             throw std::invalid_argument("offset: found " + std::to_string(offset) + ", needed a multiple of " +
                                         std::to_string(FILE_ALIGNMENT));

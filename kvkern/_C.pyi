@@ -1,11 +1,13 @@
 """The compiled part, csrc/. Addresses are integers, sizes and strides bytes."""
 
+from collections.abc import Sequence
+
 class Mapping:
     """Memory of its own pages: zero-filled and writable until protect(). Freed with its last reference."""
 
     def __init__(self, size_bytes: int) -> None: ...
     @staticmethod
-    def map_file(path: str, offset: int, size_bytes: int) -> Mapping: ...
+    def map_file(path: str | bytes, offset: int, size_bytes: int) -> Mapping: ...
     def protect(self) -> None: ...
     @property
     def address(self) -> int: ...
@@ -28,10 +30,10 @@ def append(
     rows: int,
     num_kv_heads: int,
     row_bytes: int,
-    k_strides: tuple[int, int],
-    v_strides: tuple[int, int],
-    k_page_strides: tuple[int, int, int],
-    v_page_strides: tuple[int, int, int],
+    k_strides: Sequence[int],
+    v_strides: Sequence[int],
+    k_page_strides: Sequence[int],
+    v_page_strides: Sequence[int],
     num_pages: int,
     page_tokens: int,
     slots: int,

@@ -1,7 +1,7 @@
 """Tensors in, pointers and sizes out: the way into csrc/ (kvkern._C), which knows no torch.
 
-Three things lie there: K0 append on the CPU, memory that can be protected for good, and the 64-bit sum of a block, of which
-the form for other devices stands here in torch and gives the same number.
+Three things lie there: K0 append on the CPU, memory that can be protected for good, and the 64-bit sum of a block. The
+sum's form for other devices stands here in torch and gives the same number.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def append(
     row_slot          int32 [rows], slot of the row, or -1
     row_back          int32 [rows], rows of the same slot after this one in this step
 
-    Raises ShapeError, DtypeError or DeviceError that names the argument, and IndexError for a row whose slot, position or
-    page does not exist. Nothing is written then.
+    Raises ShapeError, DtypeError or DeviceError that names the argument, and IndexError for a row whose slot, position
+    or page does not exist. Nothing is written then.
     """
-    _check_append(k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
+    numbers = {"k": k, "v": v, "k_pages": k_pages, "v_pages": v_pages}
+    places = {"page_table": page_table, "seq_lens": seq_lens, "row_slot": row_slot, "row_back": row_back}
+    _check_append(numbers, places)
+    rows, num_kv_heads, head_dim = k.shape
     size = k.element_size()
     _C.append(
         k.data_ptr(),
@@ -57,13 +60,13 @@ def append(
         seq_lens.data_ptr(),
         row_slot.data_ptr(),
         row_back.data_ptr(),
-        rows=k.shape[0],
-        num_kv_heads=k.shape[1],
-        row_bytes=k.shape[2] * size,
-        k_strides=(k.stride(0) * size, k.stride(1) * size),
-        v_strides=(v.stride(0) * size, v.stride(1) * size),
-        k_page_strides=(k_pages.stride(0) * size, k_pages.stride(1) * size, k_pages.stride(2) * size),
-        v_page_strides=(v_pages.stride(0) * size, v_pages.stride(1) * size, v_pages.stride(2) * size),
+        rows=rows,
+        num_kv_heads=num_kv_heads,
+        row_bytes=head_dim * size,
+        k_strides=[n * size for n in k.stride()[:2]],
+        v_strides=[n * size for n in v.stride()[:2]],
+        k_page_strides=[n * size for n in k_pages.stride()[:3]],
+        v_page_strides=[n * size for n in v_pages.stride()[:3]],
         num_pages=k_pages.shape[0],
         page_tokens=k_pages.shape[2],
         slots=page_table.shape[0],
@@ -72,30 +75,8 @@ def append(
     )
 
 
-def _check_append(
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    row_slot: Tensor,
-    row_back: Tensor,
-) -> None:
-    for field, tensor in (("k", k), ("v", v), ("k_pages", k_pages), ("v_pages", v_pages)):
-        if tensor.dtype != k.dtype:
-            raise DtypeError(
-                field, found=tensor.dtype, needed=f"{k.dtype} as k", do="convert it to the dtype of the pages"
-            )
-    for field, tensor in (
-        ("page_table", page_table),
-        ("seq_lens", seq_lens),
-        ("row_slot", row_slot),
-        ("row_back", row_back),
-    ):
-        if tensor.dtype != torch.int32:
-            raise DtypeError(field, found=tensor.dtype, needed="torch.int32", do="take it from a Plan and its PagePool")
-
+def _check_append(numbers: dict[str, Tensor], places: dict[str, Tensor]) -> None:
+    k, k_pages, page_table = numbers["k"], numbers["k_pages"], places["page_table"]
     if k.dim() != 3 or k_pages.dim() != 4 or page_table.dim() != 2:
         raise ShapeError(
             "k, k_pages, page_table",
@@ -103,37 +84,28 @@ def _check_append(
             needed="3, 4 and 2 dimensions",
             do="pass [rows, heads, head_dim], [pages, heads, page tokens, head_dim] and [slots, pages]",
         )
-    rows, heads, head_dim = k.shape
-    pages = (k_pages.shape[0], heads, k_pages.shape[2], head_dim)
+    rows, num_kv_heads, head_dim = k.shape
+    num_pages, _, page_tokens, _ = k_pages.shape
     slots = page_table.shape[0]
-    for field, tensor, shape in (
-        ("v", v, k.shape),
-        ("k_pages", k_pages, pages),
-        ("v_pages", v_pages, pages),
-        ("seq_lens", seq_lens, (slots,)),
-        ("row_slot", row_slot, (rows,)),
-        ("row_back", row_back, (rows,)),
-    ):
-        if tensor.shape != shape:
-            raise ShapeError(field, found=list(tensor.shape), needed=list(shape), do="make k, v, pages and plan fit")
-    if k_pages.shape[2] == 0:
+    if page_tokens == 0:
         raise ShapeError("k_pages", found="pages of 0 tokens", needed="1 or more", do="take the pages of a PagePool")
-    for field, tensor in (
-        ("k", k),
-        ("v", v),
-        ("k_pages", k_pages),
-        ("v_pages", v_pages),
-        ("page_table", page_table),
-        ("seq_lens", seq_lens),
-        ("row_slot", row_slot),
-        ("row_back", row_back),
-    ):
-        if tensor.device.type != "cpu":
+    pages_shape = (num_pages, num_kv_heads, page_tokens, head_dim)
+    _check_tensors(numbers, k.dtype, {"v": k.shape, "k_pages": pages_shape, "v_pages": pages_shape})
+    _check_tensors(places, torch.int32, {"seq_lens": (slots,), "row_slot": (rows,), "row_back": (rows,)})
+
+
+def _check_tensors(tensors: dict[str, Tensor], dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> None:
+    for field, tensor in tensors.items():
+        shape = shapes.get(field)
+        if shape is not None and tensor.shape != shape:
+            raise ShapeError(field, found=list(tensor.shape), needed=list(shape), do="make k, v, pages and plan fit")
+        if tensor.dtype != dtype:
+            raise DtypeError(field, found=tensor.dtype, needed=dtype, do="k and v are like the pages, places are int32")
+        if not tensor.is_cpu:
             raise DeviceError(field, found=tensor.device, needed="cpu", do="move all of them to the CPU")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ShapeError(
-                field, found=f"a last stride of {tensor.stride(-1)}", needed="1", do="call .contiguous() on it"
-            )
+        stride = tensor.stride()[-1]
+        if stride != 1 and tensor.shape[-1] > 1:
+            raise ShapeError(field, found=f"a last stride of {stride}", needed="1", do="call .contiguous() on it")
 
 
 # -- protected memory --------------------------------------------------------------------------------------------------
@@ -154,13 +126,13 @@ def map_file(
 ) -> tuple[Tensor, _C.Mapping]:
     """A tensor over a file's bytes from `offset`, a multiple of 4096, read-only from the start.
 
-    A file that is cut short underneath ends the process with SIGBUS at the next read; one that is rewritten changes the tensor.
-    Raises ShapeError for no elements, RequestError for a range that the file does not have, OSError for a file that cannot
-    be opened or mapped.
+    A file that is cut short underneath ends the process with SIGBUS at the next read; one that is rewritten may change
+    the tensor. Raises ShapeError for no elements, RequestError for a range that the file does not have, OSError for a
+    file that cannot be opened or mapped.
     """
     size = _size_bytes(shape, dtype)
     try:
-        mapping = _C.Mapping.map_file(os.fspath(path), offset, size)
+        mapping = _C.Mapping.map_file(os.fsencode(path), offset, size)
     except ValueError as error:
         raise RequestError(
             "file range",
@@ -181,7 +153,7 @@ def _wrap(mapping: _C.Mapping, shape: Sequence[int], dtype: torch.dtype) -> Tens
     with warnings.catch_warnings():
         # torch has no read-only tensors and warns of a read-only buffer: here the pages themselves refuse a write.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mapping, dtype=dtype).view(*shape)
+        return torch.frombuffer(mapping, dtype=dtype).view(tuple(shape))
 
 
 # -- the sum of a block ------------------------------------------------------------------------------------------------
