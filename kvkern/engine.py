@@ -1,0 +1,509 @@
+"""Engine: thousands of agents over shared prefixes. Continuous batching, streaming, one ragged forward [1, T] at a time.
+
+A step takes decode rows of every running agent and a bounded number of extend rows, packs them in depth-first order of the
+prefix tree, pads them to a bucket of the measured rounding class, and runs the stock model once. Finished agents leave at
+once and waiting ones join. The bits of an answer depend on the agent's path and its own tokens, on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvkern import cost, qwen3
+from kvkern.backends import choose
+from kvkern.errors import CapacityError, DeviceError, KvkernError, RequestError, ShapeError
+from kvkern.geometry import PAGE
+from kvkern.identity import model_geometry, weights_digest
+from kvkern.linear import Rounding, measure
+from kvkern.pages import PagePool
+from kvkern.plan import AgentRows, Plan
+from kvkern.prefix import SharedPrefix
+from kvkern.publish import Document
+from kvkern.sampling import SamplingParams, TextStream, sample
+from kvkern.scheduler import FINISHED, Scheduler, Step
+from kvkern.scheduler import Sequence as Suffix
+
+DEFAULT_MEMORY = 2 << 30
+"""Bytes of suffix pages if the caller names no budget."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one agent said.
+
+    index          place of the question in the input
+    text           the answer without special tokens, cut before a stop string
+    token_ids      new tokens, an end-of-sequence token included
+    finish_reason  "stop" (end of sequence or a stop string), "length", "cancelled", or "error"
+    prompt_tokens  tokens of the question's suffix
+    cached_tokens  tokens of the path that were not computed again
+    error          why a request failed, else None
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    error: KvkernError | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of one agent's text as it comes; with the last one, the whole answer."""
+
+    index: int
+    text: str
+    answer: Answer | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A submitted question, as `submit` returns it: hand it to `cancel`."""
+
+    index: int
+    suffix: Suffix
+    prefix: SharedPrefix
+    params: SamplingParams
+    stream: TextStream
+    seen: Tensor | None
+    answer: Answer | None = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.suffix.tokens[self.suffix.num_prompt :]
+
+
+class Engine:
+    """Serves questions over published documents of one model.
+
+    model              a causal language model of transformers with attn_implementation="kvkern"
+    tokenizer          its tokenizer
+    max_agents         agents that run at once
+    memory_bytes       budget for suffix pages; how many agents fit follows from it, see `describe`
+    max_extend_tokens  question tokens computed in one step beside the decode rows
+    max_queue          questions that may wait; None: any number
+    invariant          pad forwards to buckets of the measured rounding class, so that bits do not depend on the batch
+    backend            "triton" or "torch"; by default the device decides
+    debug              poison freed pages
+
+    Raises UnsupportedError or DeviceError for a model that the kernels cannot serve, CapacityError for a budget that holds
+    no page, RequestError for a limit below 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_agents: int = 256,
+        memory_bytes: int = DEFAULT_MEMORY,
+        max_extend_tokens: int = 256,
+        max_queue: int | None = None,
+        invariant: bool = True,
+        backend: str | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.device = qwen3.check_model(model)
+        self.model, self.tokenizer = model, tokenizer
+        for name, value in (("max_agents", max_agents), ("max_extend_tokens", max_extend_tokens)):
+            if value < 1:
+                raise RequestError(name, found=value, needed="at least 1", do=f"give a larger {name}")
+        self.geometry = model_geometry(model)
+        self.backend = choose(backend, self.device)
+        page_bytes = PAGE * self.geometry.token_bytes()
+        most = max_agents * -(-qwen3.max_positions(model) // PAGE)
+        num_pages = min(memory_bytes // page_bytes, most)
+        if num_pages < 1:
+            raise CapacityError(
+                "memory_bytes",
+                found=cost.render_bytes(memory_bytes),
+                needed=f"at least {cost.render_bytes(page_bytes)}, one page of 16 tokens",
+                do="give the engine more memory",
+            )
+        self.rounding: Rounding | None = measure(model) if invariant else None
+        self.pool = PagePool(
+            self.geometry,
+            num_pages,
+            slots=max_agents,
+            max_pages_per_slot=-(-qwen3.max_positions(model) // PAGE),
+            device=self.device,
+            debug=debug,
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            max_rows=max_agents + max_extend_tokens,
+            max_extend_tokens=max_extend_tokens,
+            max_agents=max_agents,
+            max_queue=max_queue,
+        )
+        self.steps = 0
+        self._requests: dict[Suffix, Request] = {}
+        self._deltas: deque[tuple[Request, str]] = deque()
+        self._plans: dict[tuple[AgentRows, ...], Plan] = {}
+        self._served: dict[SharedPrefix, str] = {}
+        # Any 4-D mask is handed on as it is, so transformers builds none and asks the device nothing.
+        self._mask = torch.empty((1, 1, 1, 1), device=self.device)
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        document: Document,
+        questions: Iterable[str | Sequence[int]],
+        *,
+        ordered: bool = False,
+        generation_config: Any = None,
+        seed: int = 0,
+        template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Iterator[Answer]:
+        """Ask every question about one document; yields each Answer as it ends, or in input order with ordered=True.
+
+        questions          texts, or token ids of suffixes; taken as the queue has room for them
+        generation_config  a transformers GenerationConfig; the model's own if None
+        seed               question i draws with seed + i
+        options            fields of GenerationConfig that come first: max_new_tokens, do_sample, temperature, stop_strings, ...
+
+        A question that is refused becomes an Answer with finish_reason "error" and its error; the others go on. When the
+        iterator is closed or interrupted, questions that have not ended are cancelled and their pages given back.
+        Raises RequestError, UnsupportedError or ReadOnlyError before the first question for what concerns all of them.
+        """
+        params = self._params(generation_config, options)
+        self._check_prefix(document)
+        answers = self._answers(document, questions, params, seed, template_kwargs or {})
+        return _in_order(answers) if ordered else answers
+
+    def _answers(
+        self,
+        document: Document,
+        questions: Iterable[str | Sequence[int]],
+        params: SamplingParams,
+        seed: int,
+        kwargs: dict[str, Any],
+    ) -> Iterator[Answer]:
+        with closing(self._stream(document, questions, params, seed, kwargs)) as deltas:
+            for delta in deltas:
+                if delta.answer is not None:
+                    yield delta.answer
+
+    def stream(
+        self,
+        document: Document,
+        questions: Iterable[str | Sequence[int]],
+        *,
+        generation_config: Any = None,
+        seed: int = 0,
+        template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Iterator[Delta]:
+        """As `ask`, but yields pieces of text as they come; the last Delta of a question holds its Answer."""
+        params = self._params(generation_config, options)
+        self._check_prefix(document)
+        return self._stream(document, questions, params, seed, template_kwargs or {})
+
+    def _stream(
+        self,
+        document: Document,
+        questions: Iterable[str | Sequence[int]],
+        params: SamplingParams,
+        seed: int,
+        kwargs: dict[str, Any],
+    ) -> Generator[Delta, None, None]:
+        coming = enumerate(questions)
+        mine: set[Request] = set()
+        exhausted = False
+        try:
+            while True:
+                # A generator of a million questions is read only as far as agents can run.
+                while not exhausted and len(self.scheduler.waiting) < self._read_ahead():
+                    item = next(coming, None)
+                    if item is None:
+                        exhausted = True
+                        break
+                    index, question = item
+                    try:
+                        mine.add(self._submit(document, question, params, seed + index, index, kwargs))
+                    except KvkernError as error:
+                        yield Delta(index, "", Answer(index, "", (), "error", 0, document.end, error))
+                if not mine and exhausted:
+                    return
+                self.step()
+                while self._deltas:
+                    request, text = self._deltas.popleft()
+                    if request in mine:
+                        if request.answer is not None:
+                            mine.remove(request)
+                        yield Delta(request.index, text, request.answer)
+        finally:
+            for request in mine:
+                self.cancel(request)
+
+    def _read_ahead(self) -> int:
+        ahead = self.scheduler.max_agents
+        return ahead if self.scheduler.max_queue is None else min(ahead, self.scheduler.max_queue)
+
+    def submit(
+        self,
+        document: Document,
+        question: str | Sequence[int],
+        *,
+        generation_config: Any = None,
+        seed: int = 0,
+        index: int = 0,
+        template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Request:
+        """Put one question into the queue; `step` then works on it, and `request.answer` is set when it has ended.
+
+        Raises RequestError (an empty question, an unknown token id, a bad option), CapacityError (a full queue, more tokens
+        than positions or pages), ShapeError, DeviceError or RequestError for a document of another model.
+        """
+        params = self._params(generation_config, options)
+        self._check_prefix(document)
+        return self._submit(document, question, params, seed, index, template_kwargs or {})
+
+    def _submit(
+        self,
+        document: Document,
+        question: str | Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        index: int,
+        kwargs: dict[str, Any],
+    ) -> Request:
+        if isinstance(question, str):
+            tokens = document.encode_ids([question], **kwargs)[0]
+        else:
+            tokens = self._check_ids([int(token) for token in question])
+        longest = document.end + len(tokens) + params.max_new_tokens
+        if longest > qwen3.max_positions(self.model):
+            raise CapacityError(
+                "max_new_tokens",
+                found=f"{document.end} + {len(tokens)} + {params.max_new_tokens} tokens",
+                needed=f"at most the model's {qwen3.max_positions(self.model)} positions",
+                do="ask for fewer new tokens, or a shorter question",
+            )
+        suffix = Suffix(id=index, tokens=tokens, max_new_tokens=params.max_new_tokens, node=document)
+        seen = None
+        if params.repetition_penalty != 1.0:
+            seen = document.path_token_ids()
+        own = params if seed == params.seed else _with_seed(params, seed)
+        request = Request(index, suffix, document, own, TextStream(self.tokenizer, params.stop_strings), seen)
+        self.scheduler.submit(suffix)
+        document.retain()
+        self._requests[suffix] = request
+        if params.max_new_tokens == 0:
+            self._end(request, "length")
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop working on a request and give back its pages; one that has ended stays as it is."""
+        if request.answer is None:
+            self._end(request, "cancelled")
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One step of all running agents: forwards of the packed rows, one new token for each that has none to compute."""
+        step = self.scheduler.next_step()
+        self.steps += 1
+        for group in self._groups(step):
+            self._forward(group)
+
+    def _groups(self, step: Step) -> Iterator[Step]:
+        """The step in parts that a bucket holds: rows in one of the layers, wanted logits in one of the head."""
+        most_rows, most_heads = (1 << 30, 1 << 30)
+        if self.rounding is not None:
+            most_rows, most_heads = self.rounding.layers.max_rows, self.rounding.head.max_rows
+        group: Step = []
+        held = 0
+        for suffix, rows in step:
+            if group and (held + rows > most_rows or len(group) == most_heads):
+                yield group
+                group, held = [], 0
+            group.append((suffix, rows))
+            held += rows
+        if group:
+            yield group
+
+    @torch.no_grad()
+    def _forward(self, group: Step) -> None:
+        """Run the model on these rows, then choose tokens for the sequences that are complete."""
+        plan = self._plan(group)
+        plan.begin()
+        ids, positions = [0] * plan.rows, [0] * plan.rows
+        for n, i in enumerate(plan.order):
+            suffix, rows = group[i]
+            begin, first = plan.qo_indptr[n], suffix.computed
+            ids[begin : begin + rows] = suffix.tokens[first : first + rows]
+            start = self._requests[suffix].prefix.end + first
+            positions[begin : begin + rows] = range(start, start + rows)
+        ready = [i for i, (suffix, rows) in enumerate(group) if suffix.remaining == rows]
+        # At least one row of logits, in a bucket of its own: the head's GEMM obeys the same rounding class.
+        wanted = [plan.last_rows[i] for i in ready] or [0]
+        if self.rounding is not None:
+            wanted += [wanted[0]] * (self.rounding.head.rows_for(len(wanted)) - len(wanted))
+        logits = self.model(
+            torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            attention_mask=self._mask,
+            past_key_values=qwen3.StepCache(plan, backend=self.backend.name),
+            use_cache=True,
+            logits_to_keep=torch.tensor(wanted, device=self.device),
+        ).logits[0]
+        self.scheduler.commit(group)
+        if ready:
+            self._choose([self._requests[group[i][0]] for i in ready], logits[: len(ready)])
+
+    def _plan(self, group: Step) -> Plan:
+        agents = tuple(AgentRows(suffix.slot, suffix.node, rows) for suffix, rows in group if suffix.slot is not None)
+        plan = self._plans.get(agents)
+        if plan is None:
+            rows = sum(agent.rows for agent in agents)
+            bucket = self.rounding.layers.rows_for(rows) if self.rounding is not None else rows
+            plan = Plan.make(self.pool, agents, bucket=bucket)
+            # Plans of other sets of agents are not needed again, and keep prefixes alive.
+            self._plans = {key: old for key, old in self._plans.items() if not set(key) & set(agents)}
+            self._plans[agents] = plan
+        return plan
+
+    def _choose(self, requests: list[Request], logits: Tensor) -> None:
+        history = [r.seen if r.seen is None else torch.cat([r.seen, torch.tensor(r.suffix.tokens)]) for r in requests]
+        try:
+            tokens = sample(
+                logits,
+                [r.params for r in requests],
+                [len(r.suffix.tokens) for r in requests],
+                [() if seen is None else seen for seen in history],
+            )
+        except KvkernError:
+            # One of them is at fault; find it, so that the others go on.
+            for row, request in enumerate(requests):
+                self._choose_one(request, logits[row : row + 1], history[row])
+            return
+        for request, token in zip(requests, tokens, strict=True):
+            self._take(request, token)
+
+    def _choose_one(self, request: Request, logits: Tensor, history: Tensor | None) -> None:
+        try:
+            seen = () if history is None else history
+            token = sample(logits, [request.params], [len(request.suffix.tokens)], [seen])[0]
+        except KvkernError as error:
+            self._end(request, "error", error)
+        else:
+            self._take(request, token)
+
+    def _take(self, request: Request, token: int) -> None:
+        """Add a new token to an answer, and end it where a token, a string or a number says so."""
+        request.suffix.tokens.append(token)
+        text = request.stream.push(token)
+        if token in request.params.eos_token_ids or request.stream.stopped:
+            self._end(request, "stop", text=text)
+        elif len(request.new_tokens) >= request.params.max_new_tokens:
+            self._end(request, "length", text=text)
+        elif text:
+            self._deltas.append((request, text))
+
+    def _end(self, request: Request, reason: str, error: KvkernError | None = None, *, text: str = "") -> None:
+        self.scheduler.finish(request.suffix)
+        assert request.suffix.state == FINISHED
+        del self._requests[request.suffix]
+        text += request.stream.finish()
+        request.answer = Answer(
+            request.index,
+            request.stream.text,
+            tuple(request.new_tokens),
+            reason,
+            request.suffix.num_prompt,
+            request.prefix.end,
+            error,
+        )
+        request.prefix.release()
+        self._deltas.append((request, text))
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _params(self, generation_config: Any, options: dict[str, Any]) -> SamplingParams:
+        defaults = self.model.generation_config
+        params = SamplingParams.from_generation_config(generation_config, defaults=defaults, **options)
+        if not params.eos_token_ids and self.tokenizer.eos_token_id is not None and "eos_token_id" not in options:
+            params = SamplingParams(**{**vars(params), "eos_token_ids": frozenset([self.tokenizer.eos_token_id])})
+        return params
+
+    def _check_ids(self, tokens: list[int]) -> list[int]:
+        vocab_size = self.model.config.vocab_size
+        if not tokens:
+            raise RequestError("question", found="no tokens", needed="at least one", do="ask something")
+        for i, token in enumerate(tokens):
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"question token_ids[{i}]",
+                    found=token,
+                    needed=f"0 to {vocab_size - 1}",
+                    do="use this model's tokenizer",
+                )
+        return tokens
+
+    def _check_prefix(self, prefix: SharedPrefix) -> None:
+        """Refuse a prefix of another model before any of its KV is read."""
+        prefix.block()
+        if prefix.geometry != self.geometry:
+            raise ShapeError(
+                "document.geometry",
+                found=prefix.geometry,
+                needed=f"{self.geometry} as in the model",
+                do="publish the document with this model",
+            )
+        if prefix.device != self.device:
+            raise DeviceError(
+                "document.device",
+                found=prefix.device,
+                needed=f"{self.device} as the model",
+                do="load the document with this model",
+            )
+        weights = weights_digest(self.model)
+        made_with = getattr(prefix.identity, "weights", None)
+        if made_with != weights:
+            raise RequestError(
+                "document.weights",
+                found=f"{str(made_with)[:8]}..",
+                needed=f"{weights[:8]}.. as in the model",
+                do="publish the document with this model",
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine has to work with: agents, pages, bytes, backend and rounding class."""
+        return {
+            "max_agents": self.scheduler.max_agents,
+            "pages": self.pool.num_pages,
+            "page_tokens": PAGE,
+            "memory_bytes": self.pool.num_pages * PAGE * self.geometry.token_bytes(),
+            "suffix_tokens": self.pool.num_pages * PAGE,
+            "backend": self.backend.name,
+            "backend_why": self.backend.why,
+            "rounding": self.rounding.describe() if self.rounding is not None else "not measured (invariant=False)",
+        }
+
+
+def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
+    return SamplingParams(**{**vars(params), "seed": seed})
+
+
+def _in_order(answers: Iterator[Answer]) -> Iterator[Answer]:
+    """Answers by index, each held back until those before it have ended."""
+    held: dict[int, Answer] = {}
+    following = 0
+    for answer in answers:
+        held[answer.index] = answer
+        while following in held:
+            yield held.pop(following)
+            following += 1
