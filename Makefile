@@ -44,7 +44,7 @@ distclean: clean
 
 # -- the environment: each step leaves a stamp, so that a later run starts at once --------------------------------------
 
-$(VENV)/created: .ci/preflight.py
+$(VENV)/created:
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON): not found in PATH" >&2; \
 	  echo "  do: apt-get install python3 python3-venv python3-dev    (Debian, Ubuntu)" >&2; \
