@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvkern import cpu
 from kvkern.geometry import PAGE, SUFFIX_SEGMENT, next_power_of_2
+from kvkern.plan import CONTINUES, STARTS
 
 ROW_TILE = 64
 KEY_TILE = 1024
@@ -77,12 +78,11 @@ def empty(*shape: int, head_dim: int, device: torch.device) -> State:
     return State(m, torch.zeros(shape, device=device), torch.zeros((*shape, head_dim), device=device))
 
 
-def where(condition: Tensor, a: State, b: State) -> State:
-    return State(
-        torch.where(condition, a.m, b.m),
-        torch.where(condition, a.l, b.l),
-        torch.where(condition[..., None], a.acc, b.acc),
-    )
+def _where(rows: Tensor, a: State, b: State) -> State:
+    """State a in these rows (bool [rows]), b in the others."""
+    if bool(rows.all()):
+        return a
+    return State(*(torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(a, b, strict=True)))
 
 
 # -- K0 ----------------------------------------------------------------------------------------------------------------
@@ -293,24 +293,26 @@ def _path_state(states: State, path_table: Tensor, paths: Tensor, first: int, la
     group = states.m.shape[3]
     flags = path_table.new_zeros((width, path_table.shape[1]))
     flags[: last - first] = torch.where((paths >= 0)[:, None], path_table[paths.clamp(min=0)], 0)
-    total = empty(width, num_kv_heads, padded_group, head_dim=head_dim, device=chunk.q.device)
-    node, any_node, any_total = total, flags[:, 0] < 0, flags[:, 0] < 0
+    nothing = empty(width, num_kv_heads, padded_group, head_dim=head_dim, device=chunk.q.device)
+    total, node = nothing, nothing
+    any_node = any_total = flags[:, 0] < 0
     used = int((flags != 0).any(0).sum())
     for slot in range(used + 1):
         flag = flags[:, slot] if slot < used else torch.zeros_like(flags[:, 0])
         # A node is complete where another starts or the path ends: it goes into the total, the first one as it is.
-        done = any_node & (flag != 2)
-        total = where(
-            (done & ~any_total)[:, None, None], node, where((done & any_total)[:, None, None], fold(total, node), total)
-        )
+        done = any_node & (flag != CONTINUES)
+        if bool((done & any_total).any()):
+            total = _where(done & any_total, fold(total, node), total)
+        total = _where(done & ~any_total, node, total)
         any_total = any_total | done
         if slot == used:
             break
-        new = empty(width, num_kv_heads, padded_group, head_dim=head_dim, device=chunk.q.device)
+        new = State(*(part.clone() for part in nothing))
         for part, source in zip(new, states, strict=True):
             part[: last - first, :, :group] = source[slot, first:last]
-        starts, continues = (flag == 1)[:, None, None], (flag == 2)[:, None, None]
-        node = where(starts, new, where(continues, fold(node, new), node))
+        if bool((flag == CONTINUES).any()):
+            node = _where(flag == CONTINUES, fold(node, new), node)
+        node = _where(flag == STARTS, new, node)
         any_node = flag > 0
     return total
 
@@ -325,12 +327,11 @@ def _suffix(chunk: _Chunk, total: State, k_pages: Tensor, v_pages: Tensor, page_
             scores = torch.bmm(chunk.q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(*chunk.q.shape[:3], -1)
             scores.masked_fill_(hidden[:, None, None, :], -math.inf)
             new = _step_rows(current, scores, v)
-            active = (chunk.lengths > first)[:, None, None]
-            current = where(active, new, current)
+            current = _where(chunk.lengths > first, new, current)
         if segment == 0:
             total = current
         else:
-            total = where((chunk.lengths > segment)[:, None, None], fold(total, current), total)
+            total = _where(chunk.lengths > segment, fold(total, current), total)
     return total
 
 
@@ -353,9 +354,15 @@ def _gather(
     ids = torch.where(inside, page_table[chunk.slots[:, None], column[None, :]], 0).long()
     tokens = torch.arange(first, first + SUFFIX_KEYS, device=page_table.device)
     hidden = tokens[None, :] >= chunk.lengths[:, None]
-    k, v = (pool[ids].transpose(1, 2).flatten(2, 3).float() for pool in (k_pages, v_pages))
+    k, v = (_select(pool, ids) for pool in (k_pages, v_pages))
     # What lies past the length may be NaN, and 0 * NaN is NaN.
-    return k, v.masked_fill(hidden[:, None, :, None], 0.0), hidden
+    return k, v.masked_fill_(hidden[:, None, :, None], 0.0), hidden
+
+
+def _select(pages: Tensor, ids: Tensor) -> Tensor:
+    """Pages of every row side by side, a copy: [16, num_kv_heads, pages * 16, head_dim] fp32."""
+    chosen = pages.index_select(0, ids.flatten()).unflatten(0, ids.shape)  # type: ignore[no-untyped-call]
+    return chosen.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3)
 
 
 # -- K3 ----------------------------------------------------------------------------------------------------------------
