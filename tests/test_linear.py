@@ -1,0 +1,237 @@
+"""Rounding classes: only buckets in which a row keeps its bits, whatever of the model it is that loses them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from kvkern import linear
+from kvkern.errors import CapacityError, RequestError, UnsupportedError
+from kvkern.linear import RoundingClass, measure
+
+BUCKETS = (4, 8, 16, 32)
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 200,
+}
+
+
+@pytest.fixture
+def qwen3(seed: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL)).eval()
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    linear._measure.cache_clear()
+
+
+def one_ulp_more(x: torch.Tensor) -> torch.Tensor:
+    return torch.nextafter(x, torch.full_like(x, torch.inf))
+
+
+def replace(model: nn.Module, name: str, make):
+    """Put a subclass in place of every module `name`, with the same weights."""
+    for module in model.modules():
+        old = getattr(module, name, None)
+        if isinstance(old, nn.Module):
+            old.__class__ = make(type(old))
+
+
+def with_forward(change):
+    """A subclass whose output is changed by `change(output [1, rows, ...])`."""
+
+    def make(kind):
+        class Changed(kind):
+            def forward(self, *args):
+                out = super().forward(*args)
+                return tuple(map(change, out)) if isinstance(out, tuple) else change(out)
+
+        Changed.__name__ = kind.__name__
+        return Changed
+
+    return make
+
+
+def differs_with_32_rows(y):
+    return one_ulp_more(y) if y.shape[1] == 32 else y
+
+
+def differs_in_the_last_of_8_rows(y):
+    if y.shape[1] == 8:
+        y = y.clone()
+        y[:, -1, ..., 0] = one_ulp_more(y[:, -1, ..., 0])
+    return y
+
+
+def depends_on_the_neighbours_of_16_rows(y):
+    return y + y.abs().amax(dim=1, keepdim=True) * 1e-7 * torch.arange(16)[:, None] if y.shape[1] == 16 else y
+
+
+# -- what is found -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rows_of_a_whole_forward_keep_their_bits_in_every_bucket_of_the_class(qwen3, dtype):
+    model = qwen3.to(dtype)
+    found = measure(model, buckets=BUCKETS, head_buckets=BUCKETS)
+    hidden = torch.randn(1, 64, dtype=dtype)
+    results = []
+    for bucket in found.layers.buckets:
+        x = torch.randn(1, bucket, 64, dtype=dtype)
+        x[0, bucket // 2] = hidden
+        with torch.inference_mode():
+            for layer in model.model.layers:
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+            results.append(model.model.norm(x)[0, bucket // 2])
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_each_distinct_module_is_measured_once(qwen3):
+    assert sorted(measure(qwen3, buckets=(4, 8)).probes) == sorted(
+        [
+            "Linear 64 x 64",  # q and o
+            "Linear 32 x 64",
+            "Linear 96 x 64",
+            "Linear 64 x 96",
+            "Linear 200 x 64",
+            "Qwen3RMSNorm 64",
+            "Qwen3RMSNorm 4 x 16",
+            "Qwen3RMSNorm 2 x 16",
+            "Qwen3RotaryEmbedding",
+            "SiLUActivation 96",
+        ]
+    )
+
+
+def test_a_layer_with_and_one_without_bias_are_two():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, mlp_bias=True)).eval()
+    probes = measure(model, buckets=(4, 8)).probes
+    assert "Linear 96 x 64 with bias" in probes and "Linear 64 x 64" in probes
+
+
+@pytest.mark.parametrize("name", ["k_proj", "down_proj", "act_fn", "k_norm", "norm", "rotary_emb"])
+def test_control_a_bucket_in_which_any_module_has_other_bits_is_out(qwen3, name):
+    natural = measure(qwen3, buckets=BUCKETS).layers.buckets
+    replace(qwen3, name, with_forward(differs_with_32_rows))
+    found = measure(qwen3, buckets=BUCKETS).layers
+    assert found.buckets == tuple(n for n in natural if n != 32)
+    assert found.outside[32].endswith(f"other bits than with {found.max_rows} rows")
+
+
+@pytest.mark.parametrize("name", ["q_proj", "act_fn", "q_norm", "input_layernorm", "rotary_emb"])
+def test_control_a_bucket_in_which_one_position_differs_is_out(qwen3, name):
+    natural = measure(qwen3, buckets=BUCKETS).layers.buckets
+    replace(qwen3, name, with_forward(differs_in_the_last_of_8_rows))
+    found = measure(qwen3, buckets=BUCKETS).layers
+    assert found.buckets == tuple(n for n in natural if n != 8)
+    assert found.outside[8].endswith("depend on its position")
+
+
+def test_control_a_bucket_in_which_other_rows_are_felt_is_out(qwen3):
+    natural = measure(qwen3, buckets=BUCKETS).layers.buckets
+    replace(qwen3, "up_proj", with_forward(depends_on_the_neighbours_of_16_rows))
+    assert measure(qwen3, buckets=BUCKETS).layers.buckets == tuple(n for n in natural if n != 16)
+
+
+def test_the_output_projection_has_a_class_of_its_own(qwen3):
+    natural = measure(qwen3, buckets=BUCKETS, head_buckets=BUCKETS)
+    replace(qwen3, "lm_head", with_forward(differs_in_the_last_of_8_rows))
+    found = measure(qwen3, buckets=BUCKETS, head_buckets=BUCKETS)
+    assert found.layers == natural.layers
+    assert found.head.buckets == tuple(n for n in natural.head.buckets if n != 8)
+
+
+def test_of_two_classes_as_large_the_one_with_more_rows_is_taken():
+    def signature_of(rows):
+        return one_ulp_more if rows in (8, 16) else torch.clone
+
+    probe = linear._Probe("k", "fake", lambda rows, _: torch.ones(rows, 2), lambda x: (signature_of(x.shape[1])(x),))
+    assert linear._largest([probe], (4, 8, 16, 32)).buckets == (4, 32)
+    assert linear._largest([probe], (4, 8, 12, 16)).buckets == (8, 16)
+    assert linear._largest([probe], (4, 8, 12, 16, 32)).buckets == (4, 12, 32)
+
+
+# -- how it is used ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_for_is_the_smallest_bucket_that_holds_them():
+    found = RoundingClass((4, 16, 64), {})
+    assert [found.rows_for(n) for n in (1, 4, 5, 16, 17, 64)] == [4, 4, 16, 16, 64, 64]
+    assert found.max_rows == 64
+    with pytest.raises(CapacityError, match=r"^rows: found 65, needed at most 64"):
+        found.rows_for(65)
+    with pytest.raises(RequestError, match=r"^rows: found 0"):
+        found.rows_for(0)
+
+
+def test_a_second_measurement_of_such_a_model_is_remembered_until_the_threads_change(qwen3):
+    first = measure(qwen3, buckets=(4, 8))
+    assert measure(Qwen3ForCausalLM(Qwen3Config(**SMALL)), buckets=(4, 8)) is first
+    assert measure(qwen3, buckets=(4, 16)) is not first
+    assert measure(qwen3.bfloat16(), buckets=(4, 8)) is not first
+    qwen3.float()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        other = measure(qwen3, buckets=(4, 8))
+        assert other is not first and other.threads == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_remembering_keeps_no_model_alive():
+    model = Qwen3ForCausalLM(Qwen3Config(**SMALL))
+    measure(model, buckets=(4,))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_description_is_plain_json(qwen3):
+    described = json.loads(json.dumps(measure(qwen3, buckets=(4, 8), head_buckets=(4,)).describe()))
+    assert described["row_buckets"] == [4, 8] and described["head_row_buckets"] == [4]
+    assert described["device"] == "cpu" and described["dtype"] == "float32"
+    assert described["threads"] == torch.get_num_threads()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_of_experts_is_refused_by_name():
+    config = Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=32)
+    with pytest.raises(UnsupportedError, match=r"^model\.config\.num_experts: found 4"):
+        measure(Qwen3MoeForCausalLM(config))
+
+
+def test_a_model_without_any_safe_number_of_rows_is_refused(qwen3):
+    replace(qwen3, "up_proj", with_forward(lambda y: y + torch.arange(y.shape[1])[:, None]))
+    with pytest.raises(UnsupportedError, match=r"^rounding class: found 4 rows: Linear 96 x 64: a row's bits depend"):
+        measure(qwen3, buckets=BUCKETS)
+
+
+@pytest.mark.parametrize("name", ["buckets", "head_buckets"])
+def test_no_buckets_are_refused(qwen3, name):
+    with pytest.raises(RequestError, match=f"^{name}: found"):
+        measure(qwen3, **{name: ()})
+    with pytest.raises(RequestError, match=f"^{name}: found"):
+        measure(qwen3, **{name: (0, 4)})
