@@ -1,0 +1,147 @@
+"""What every benchmark shares: correctness before time, all samples kept, the machine written down.
+
+A script makes a `Bench`, checks each shape against the oracle, times kvkern, its peers and the roofs in one process, and
+writes JSON: card or CPU, driver, versions, commit, date, and every sample in seconds. `report.py` makes tables of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what a number was measured."""
+    versions = {name: _version(name) for name in ("kvkern", "torch", "triton", "transformers")}
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _commit() -> str | None:
+    commit = _first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if commit and changed else commit
+
+
+@dataclass
+class Bench:
+    """One script's run: its name, its options, and the results so far."""
+
+    name: str
+    options: argparse.Namespace
+    device: torch.device
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls, name: str, doc: str | None, *, extra: Callable[[argparse.ArgumentParser], None] | None = None
+    ) -> Bench:
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        parser.add_argument("--backend", default=None, help="a kvkern backend; by default the device decides")
+        parser.add_argument("--samples", type=int, default=15, help="timed runs of each entry")
+        parser.add_argument("--out", type=Path, default=None, help="folder for the JSON file")
+        if extra is not None:
+            extra(parser)
+        options = parser.parse_args()
+        return cls(name, options, torch.device(options.device))
+
+    def time(self, run: Callable[[], Any]) -> list[float]:
+        """Seconds of each timed run, after two that are not counted."""
+        for _ in range(2):
+            run()
+        return [self._once(run) for _ in range(self.options.samples)]
+
+    def _once(self, run: Callable[[], Any]) -> float:
+        if self.device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(self.device)
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize(self.device)
+            return begin.elapsed_time(end) / 1e3
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    def add(self, shape: dict[str, Any], entries: dict[str, list[float]], *, flop: float, bytes_moved: float) -> None:
+        """Keep a shape's samples, and print one aligned line."""
+        self.results.append({"shape": shape, "seconds": entries, "flop": flop, "bytes": bytes_moved})
+        ours = statistics.median(entries["kvkern"])
+        spread = 100 * (max(entries["kvkern"]) - min(entries["kvkern"])) / ours
+        shown = " ".join(f"{key}={value}" for key, value in shape.items())
+        peers = "  ".join(
+            f"{statistics.median(samples) / ours:.2f}x {name}" for name, samples in entries.items() if name != "kvkern"
+        )
+        print(
+            f"{self.name:8s} {shown:58s} | {ours * 1e6:10.0f} us ({spread:3.0f} %) | "
+            f"{flop / ours / 1e9:8.1f} GFLOP/s {bytes_moved / ours / 1e9:7.1f} GB/s | {peers}",
+            flush=True,
+        )
+
+    def finish(self) -> None:
+        if self.options.out is None:
+            return
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        path = self.options.out / f"{self.name}.json"
+        path.write_text(
+            json.dumps({"bench": self.name, "machine": machine(self.device), "results": self.results}, indent=1) + "\n"
+        )
+        print(f"wrote {path}")
+
+
+def gate(o: Tensor, reference: Tensor, plain: Tensor) -> None:
+    """No time from a wrong result: FlashAttention's rule, the error against fp64 at most twice that of plain torch."""
+    error = (o.double().cpu() - reference).abs().max().item()
+    allowed = 2 * (plain.double().cpu() - reference).abs().max().item() + 1e-6
+    if not error <= allowed:
+        raise SystemExit(f"wrong result: error {error:.3g}, allowed {allowed:.3g}; no time is reported")
