@@ -1,0 +1,627 @@
+"""The .kv file: a published prefix on disk, the allocation itself, verified before it serves.
+
+A .kv file is one safetensors file; any reader of safetensors opens it:
+
+    8 bytes        length N of the header, little-endian
+    N bytes        header: JSON, then spaces, so that 8 + N is a multiple of 4096
+    kv             [layers, 2, num_kv_heads, P padded to 128, head_dim], K before V, padding zeros: byte for byte the
+                   allocation that kernels read; it can be mapped
+    token_ids      int64 [P]
+
+The header's JSON is canonical (sorted keys, no spaces, ASCII). Beside the two tensors it holds `__metadata__`, whose one key
+`kvkern` is itself canonical JSON:
+
+    format         identity.FORMAT; a reader refuses every other
+    identity       Identity, field by field; its `token_ids` is also the digest of the tensor token_ids
+    kv             SHA-256 of every (layer, K or V, segment) in that order: of the bytes of its tokens, head after head. A
+                   segment is geometry.segment_tokens(P) tokens, the last one with the padding
+    sums           64-bit sums of the same blocks (csrc/blocksum.h), 16 hex digits each: what SharedPrefix.check recomputes
+    provenance     who made it, when and with what: not compared
+    sha256         of the canonical JSON of all the above
+
+A reader holds the file to its own canonical form: from the metadata follow all other bytes of the header and the size of
+the file, so no byte can change unseen. Nothing is unpickled or run.
+
+A file is written under a temporary name in the same folder, synced, renamed, and the folder synced: it is there whole or not
+at all, and an older file of that name stays until then. A process that is killed leaves a .kvkern-*.tmp at most. Bytes
+stream a row of one head at a time, so that neither saving nor loading holds a second copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvkern import cpu
+from kvkern.errors import CapacityError, IdentityError, KvkernError, RequestError, StoreError
+from kvkern.geometry import Geometry, num_segments, pad_tokens, segment_tokens
+from kvkern.identity import FORMAT, LAYOUT, Identity, canonical, short, tensor_bytes, tokens_digest
+from kvkern.prefix import SharedPrefix
+
+ALIGNMENT = 4096
+"""kv starts at a multiple of this many bytes, so that it can be mapped."""
+
+MAX_HEADER = 64 << 20
+"""Bytes of header that are read at most; 1,000 layers of 16 segments have 3 MiB."""
+
+THREADS = 4
+"""Planes (one layer's K or V) that are hashed at a time."""
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+AGAIN = "copy the file again from where it came, or publish the document again"
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a .kv file from its header.
+
+    path        the file
+    identity    what its KV was made with
+    provenance  who made it, when and with what: JSON values
+    kv          SHA-256 of every (layer, K or V, segment)
+    sums        64-bit sums of the same blocks
+    kv_offset   byte of the file where kv begins
+    size_bytes  of the whole file
+    """
+
+    path: Path
+    identity: Identity
+    provenance: Mapping[str, Any]
+    kv: tuple[str, ...]
+    sums: tuple[int, ...]
+    kv_offset: int
+    size_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return self.identity.tokens
+
+    @property
+    def segments(self) -> int:
+        """Segments of one layer's K or V."""
+        return num_segments(self.tokens)
+
+
+Make = Callable[[Geometry, Tensor, Header], SharedPrefix]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save(prefix: SharedPrefix, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+    """Write a published prefix as a .kv file, whole or not at all; an older file of that name is replaced by it.
+
+    progress  called with (bytes done, bytes in all)
+
+    Raises RequestError for a prefix without identity or provenance that is no JSON, StoreError for a path that cannot be
+    written, a full disk, or a block that changed in memory since it was published, ReadOnlyError for a released prefix.
+    """
+    identity, provenance = _savable(prefix)
+    target = _target(path)
+    sums = [value % (1 << 64) for value in prefix.sums.flatten().tolist()]
+    blank = _header_bytes(identity, ["0" * 64] * len(sums), sums, provenance)
+    if len(blank) > MAX_HEADER:
+        raise RequestError(
+            "provenance",
+            found=f"a header of {len(blank):,} bytes",
+            needed=f"at most {MAX_HEADER:,}",
+            do="make it shorter",
+        )
+    temporary = target.parent / f".kvkern-{secrets.token_hex(8)}.tmp"
+    try:
+        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        try:
+            kv = list(_write_kv(prefix, fd, len(blank), sums, progress))
+            _write(fd, tensor_bytes(prefix.token_ids), len(blank) + prefix.size_bytes)
+            # Digests have one length, so the header that was left out has the size of the one that is known now.
+            _write(fd, memoryview(_header_bytes(identity, kv, sums, provenance)), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        _forget(temporary)
+        raise _system_error(target, error, "free space or choose another folder, and save again") from None
+    except BaseException:
+        _forget(temporary)
+        raise
+
+
+def _savable(prefix: SharedPrefix) -> tuple[Identity, dict[str, Any]]:
+    prefix.block()
+    identity = prefix.identity
+    if not prefix.published or not isinstance(identity, Identity):
+        raise RequestError(
+            "prefix.identity",
+            found="none" if prefix.published else "a prefix that is still being filled",
+            needed="a prefix that was published with its Identity",
+            do="publish it with kvkern.publish",
+        )
+    needed = (prefix.geometry, prefix.tokens, tokens_digest(prefix.token_ids), prefix.position)
+    if (identity.geometry, identity.tokens, identity.token_ids, identity.position) != needed:
+        raise RequestError(
+            "prefix.identity",
+            found=f"{identity.tokens} tokens at {identity.position}, {identity.geometry}",
+            needed=f"this prefix's own {prefix.tokens} tokens at {prefix.position}, {prefix.geometry}",
+            do="publish it with Identity.of its own token ids and parent",
+        )
+    provenance: dict[str, Any] = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    for package in ("kvkern", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            provenance[package] = version(package)
+    provenance.update(prefix.provenance)
+    for name, value in provenance.items():
+        try:
+            canonical({name: value})
+        except (TypeError, ValueError):
+            raise RequestError(
+                f"provenance.{name}", found=type(value).__name__, needed="a JSON value", do="make it a text"
+            ) from None
+    return identity, provenance
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    try:
+        target = Path(os.path.realpath(path))  # a link stays; what it points to is replaced
+        missing, special = not target.parent.is_dir(), target.exists() and not target.is_file()
+    except (OSError, ValueError) as error:
+        raise _system_error(Path(path), error, "name a file in a folder") from None
+    if missing:
+        raise StoreError("path", found=f"no folder {target.parent}", needed="a folder", do="create it")
+    if special:
+        raise StoreError("path", found=f"{target}, no regular file", needed="a file name", do="name a file in a folder")
+    return target
+
+
+def _header_bytes(identity: Identity, kv: list[str], sums: list[int], provenance: Mapping[str, Any]) -> bytes:
+    """Length and header, a multiple of 4096 bytes: all that precedes kv."""
+    geometry, tokens = identity.geometry, identity.tokens
+    metadata: dict[str, Any] = {
+        "format": FORMAT,
+        "identity": identity.to_dict(),
+        "kv": kv,
+        "sums": [f"{value:016x}" for value in sums],
+        "provenance": provenance,
+    }
+    metadata["sha256"] = hashlib.sha256(canonical(metadata).encode()).hexdigest()
+    kv_bytes = _kv_bytes(geometry, tokens)
+    shape = list(geometry.block_shape(tokens))
+    header = {
+        "__metadata__": {"kvkern": canonical(metadata)},
+        "kv": {"dtype": DTYPES[geometry.dtype], "shape": shape, "data_offsets": [0, kv_bytes]},
+        "token_ids": {"dtype": "I64", "shape": [tokens], "data_offsets": [kv_bytes, kv_bytes + 8 * tokens]},
+    }
+    text = canonical(header).encode()
+    size = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    return size.to_bytes(8, "little") + text.ljust(size)
+
+
+def _write_kv(prefix: SharedPrefix, fd: int, offset: int, sums: list[int], progress: Progress | None) -> Iterator[str]:
+    block = prefix.block()
+    row_bytes = _row_bytes(prefix.geometry, prefix.tokens)
+
+    def put(row: int, layer: int, which: int, head: int) -> memoryview:
+        written = tensor_bytes(block[layer, which, head].cpu())
+        _write(fd, written, offset + row * row_bytes)
+        return written
+
+    known = iter(sums)
+    for region, digest, total in _walk(prefix.geometry, prefix.tokens, put, progress):
+        if total != next(known):
+            raise StoreError(
+                region,
+                found="a block in memory that changed since it was published",
+                needed="the sum it was published with",
+                do="publish the document again; if it comes back, the memory is at fault",
+            )
+        yield digest
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _forget(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+# -- the walk over all blocks, the same for writing, reading and verifying ---------------------------------------------
+
+
+def _walk(
+    geometry: Geometry, tokens: int, row: Callable[[int, int, int, int], memoryview], progress: Progress | None
+) -> Iterator[tuple[str, str, int]]:
+    """(region, SHA-256, 64-bit sum) of every (layer, K or V, segment) in order; planes are hashed on several threads.
+
+    row  moves row (index, layer, 0 for K or 1 for V, head) of [padded tokens, head_dim] to or from the file, and returns
+         its bytes, which stay as they are until it is called again from the same thread
+    """
+    heads, row_bytes = geometry.num_kv_heads, _row_bytes(geometry, tokens)
+    step = segment_tokens(tokens) * geometry.head_dim * geometry.dtype.itemsize
+    planes = [(layer, which) for layer in range(geometry.layers) for which in range(2)]
+
+    def digest(plane: tuple[int, int]) -> list[tuple[str, str, int]]:
+        layer, which = plane
+        hashers = [hashlib.sha256() for _ in range(num_segments(tokens))]
+        sums = [0] * len(hashers)
+        for head in range(heads):
+            data = row((layer * 2 + which) * heads + head, layer, which, head)
+            for segment, hasher in enumerate(hashers):
+                part = data[segment * step : (segment + 1) * step]
+                hasher.update(part)
+                words = torch.frombuffer(part, dtype=torch.uint8)
+                sums[segment] += cpu.block_sum(words, start_word=head * len(part) // cpu.WORD)
+        return [
+            (f"kv[layer {layer}, {'KV'[which]}, segment {segment}]", hasher.hexdigest(), sums[segment] % (1 << 64))
+            for segment, hasher in enumerate(hashers)
+        ]
+
+    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
+    try:
+        for done, blocks in enumerate(pool.map(digest, planes), start=1):
+            yield from blocks
+            if progress is not None:
+                progress(done * heads * row_bytes, len(planes) * heads * row_bytes)
+    finally:
+        # After an error or Ctrl-C no plane is begun, and none is under way when the file is closed.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _row_bytes(geometry: Geometry, tokens: int) -> int:
+    return pad_tokens(tokens) * geometry.head_dim * geometry.dtype.itemsize
+
+
+def _kv_bytes(geometry: Geometry, tokens: int) -> int:
+    return geometry.layers * 2 * geometry.num_kv_heads * _row_bytes(geometry, tokens)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def inspect(path: str | os.PathLike[str]) -> Header:
+    """Read and verify the header, and nothing else. Raises StoreError."""
+    with _open(path) as (fd, name):
+        return _read_header(fd, name, Path(path))
+
+
+def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Header:
+    """Read the whole file and verify every digest; needs neither a model nor memory for the KV. Raises StoreError."""
+    with _open(path) as (fd, name):
+        header = _read_header(fd, name, Path(path))
+        _read_token_ids(fd, name, header)
+        row_bytes = _row_bytes(header.identity.geometry, header.tokens)
+
+        def get(row: int, layer: int, which: int, head: int) -> memoryview:
+            return _read(fd, name, f"kv[layer {layer}, {'KV'[which]}]", header.kv_offset + row * row_bytes, row_bytes)
+
+        _check_blocks(header, name, get, progress)
+        return header
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    check: Callable[[Identity, str], None] | None = None,
+    parent: SharedPrefix | None = None,
+    mmap: bool = False,
+    progress: Progress | None = None,
+    make: Make | None = None,
+) -> SharedPrefix:
+    """Read a .kv file into a published prefix: header, identity, then every digest on the way in. A failure leaves nothing.
+
+    device    where the block is to lie
+    check     called with the file's identity and name before a byte of KV is read; raises to refuse it (identity.match)
+    parent    the published prefix that the file continues; its identity must be the one the file was made below
+    mmap      serve from a read-only mapping of the file (CPU only) after a pass over all digests, instead of a copy. The
+              mapping is shared between processes and costs no memory of its own, but it is the file: one that is rewritten
+              in place changes the KV unseen (until `check()` of the prefix), one that is cut short ends the process with
+              SIGBUS. Replacing it by rename, as `save` does, or deleting it changes nothing for those who have it mapped
+    progress  called with (bytes done, bytes in all)
+    make      (geometry, token ids, Header) -> an unpublished prefix to fill, where it is to be more than a SharedPrefix
+
+    Raises StoreError naming the region that is damaged, IdentityError naming the field that differs, RequestError for mmap on
+    another device than the CPU.
+    """
+    device = torch.device(device)
+    if mmap and device.type != "cpu":
+        raise RequestError(
+            "mmap", found=f"device {device}", needed="cpu", do="leave mmap out: the block is copied anyway"
+        )
+    with _open(path) as (fd, name):
+        header = _read_header(fd, name, Path(path))
+        _check_parent(header.identity, parent, name)
+        if check is not None:
+            check(header.identity, name)
+        token_ids = _read_token_ids(fd, name, header)
+        geometry = header.identity.geometry
+        try:
+            if make is None:
+                prefix = SharedPrefix(geometry, token_ids, device=device, parent=parent)
+            else:
+                prefix = make(geometry, token_ids, header)
+        except (OSError, torch.OutOfMemoryError) as error:
+            raise CapacityError(
+                "memory",
+                found=f"no {_kv_bytes(geometry, header.tokens):,} bytes on {device}: {type(error).__name__}",
+                needed="memory for the whole prefix",
+                do="free memory, or on the CPU load it with mmap=True",
+            ) from None
+        try:
+            _fill(prefix, fd, name, header, mmap, progress)
+            prefix.publish(identity=header.identity, provenance=header.provenance)
+            _check_sums(prefix, header)
+        except BaseException:
+            prefix.release()
+            raise
+        return prefix
+
+
+def _fill(prefix: SharedPrefix, fd: int, name: str, header: Header, mmap: bool, progress: Progress | None) -> None:
+    geometry, tokens = prefix.geometry, prefix.tokens
+    row_bytes = _row_bytes(geometry, tokens)
+    if mmap:
+        try:
+            shape = geometry.block_shape(tokens)
+            prefix.adopt(*cpu.map_file(header.path, header.kv_offset, shape, geometry.dtype))
+        except OSError as error:
+            raise _system_error(header.path, error, "load it without mmap") from None
+        except RequestError as error:
+            raise StoreError("size", found=f"{error.found} in {name}", needed=error.needed, do=AGAIN) from None
+    block = prefix.block()
+
+    def get(row: int, layer: int, which: int, head: int) -> memoryview:
+        to, region = block[layer, which, head], f"kv[layer {layer}, {'KV'[which]}]"
+        offset = header.kv_offset + row * row_bytes
+        if mmap:
+            return tensor_bytes(to)
+        if to.device.type == "cpu":
+            # Hashed where it lies: what is verified is what will be read.
+            return _read_into(fd, name, region, offset, tensor_bytes(to))
+        data = _read(fd, name, region, offset, row_bytes)
+        to.copy_(torch.frombuffer(data, dtype=geometry.dtype).view(to.shape))
+        return data
+
+    _check_blocks(header, name, get, progress)
+
+
+def _check_blocks(
+    header: Header, name: str, get: Callable[[int, int, int, int], memoryview], progress: Progress | None
+) -> None:
+    known = zip(header.kv, header.sums, strict=True)
+    for region, digest, total in _walk(header.identity.geometry, header.tokens, get, progress):
+        needed, needed_sum = next(known)
+        if digest != needed:
+            raise StoreError(
+                region,
+                found=f"a SHA-256 of {short(digest)} in {name}",
+                needed=f"{short(needed)} as in its header",
+                do=AGAIN,
+            )
+        if total != needed_sum:
+            raise StoreError(
+                f"metadata.sums, {region}",
+                found=f"{needed_sum:016x} in {name}",
+                needed=f"{total:016x}, the sum of that block",
+                do=AGAIN,
+            )
+
+
+def _check_sums(prefix: SharedPrefix, header: Header) -> None:
+    """What lies on the device now is what was read. On the CPU the digests were taken there; elsewhere after a copy."""
+    found = [value % (1 << 64) for value in prefix.sums.flatten().tolist()]
+    for (layer, which, segment, _), a, b in zip(prefix.blocks(), found, header.sums, strict=True):
+        if a != b:
+            raise StoreError(
+                f"kv[layer {layer}, {'KV'[which]}, segment {segment}]",
+                found=f"a sum of {a:016x} on {prefix.device}",
+                needed=f"{b:016x} as in the file",
+                do="load it again; if it comes back, the device's memory is at fault",
+            )
+
+
+def _check_parent(identity: Identity, parent: SharedPrefix | None, name: str) -> None:
+    """A path is of one piece: the file's ancestors are the parent given, token for token and weight for weight."""
+    given = None
+    if parent is not None and isinstance(parent.identity, Identity):
+        given = parent.identity.digest()
+    if identity.ancestors != given:
+        raise IdentityError(
+            "ancestors",
+            found=f"{short(identity.ancestors)} in {name}",
+            needed="none, as no parent is given" if parent is None else f"{short(given)} as of the parent given",
+            do="load the prefix that it continues first, and give it as parent"
+            if identity.ancestors is not None
+            else "load it without a parent",
+        )
+    position = 0 if parent is None else parent.end
+    if identity.position != position:
+        raise IdentityError(
+            "position",
+            found=f"{identity.position} in {name}",
+            needed=f"{position} as the parent given ends",
+            do=AGAIN,
+        )
+
+
+def _read_token_ids(fd: int, name: str, header: Header) -> Tensor:
+    offset = header.kv_offset + _kv_bytes(header.identity.geometry, header.tokens)
+    data = _read(fd, name, "token_ids", offset, 8 * header.tokens)
+    token_ids = torch.frombuffer(data, dtype=torch.int64)
+    if tokens_digest(token_ids) != header.identity.token_ids:
+        raise StoreError(
+            "token_ids",
+            found=f"a SHA-256 of {short(tokens_digest(token_ids))} in {name}",
+            needed=f"{short(header.identity.token_ids)} as in its header",
+            do=AGAIN,
+        )
+    return token_ids
+
+
+# -- the header --------------------------------------------------------------------------------------------------------
+
+
+def _read_header(fd: int, name: str, path: Path) -> Header:
+    size = os.fstat(fd).st_size
+    if size < 8:
+        raise _damaged("size", f"{size} bytes in {name}", "a .kv file")
+    length = int.from_bytes(_read(fd, name, "header", 0, 8), "little")
+    if length > min(MAX_HEADER, size - 8) or (8 + length) % ALIGNMENT:
+        needed = f"at most {min(MAX_HEADER, size - 8):,}, and {ALIGNMENT} with the 8 before it or a multiple"
+        raise _damaged("header", f"a length of {length:,} bytes in {name}", needed)
+    given = bytes(_read(fd, name, "header", 8, length))
+    metadata = _metadata(given, name)
+
+    format_ = metadata.get("format")
+    if format_ != FORMAT:
+        raise StoreError(
+            "metadata.format",
+            found=f"{format_} in {name}",
+            needed=f"{FORMAT} as this kvkern reads",
+            do="read it with the kvkern that wrote it, or publish the document again",
+        )
+    header = _parse(metadata, name, path, 8 + length, size)
+    if _canonical_header(header, name) != length.to_bytes(8, "little") + given:
+        raise _damaged("header", f"bytes in {name} that do not follow from its metadata", "the canonical header")
+    needed_size = header.kv_offset + _kv_bytes(header.identity.geometry, header.tokens) + 8 * header.tokens
+    if size != needed_size:
+        raise _damaged("size", f"{size:,} bytes in {name}", f"{needed_size:,} as its header says")
+    return header
+
+
+def _metadata(given: bytes, name: str) -> dict[str, Any]:
+    try:
+        outer = json.loads(given)
+        text = outer["__metadata__"]["kvkern"]
+    except (KeyError, TypeError):
+        raise StoreError(
+            "header",
+            found=f"a safetensors file without the metadata key kvkern, {name}",
+            needed="a .kv file",
+            do="name a file that kvkern wrote",
+        ) from None
+    except (ValueError, RecursionError):
+        raise _damaged("header", f"no JSON in {name}", "a .kv file") from None
+    try:
+        metadata = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise _damaged("metadata", f"no JSON object in {name}", "what kvkern wrote")
+    return metadata
+
+
+def _parse(metadata: dict[str, Any], name: str, path: Path, kv_offset: int, size: int) -> Header:
+    rest = {key: value for key, value in metadata.items() if key != "sha256"}
+    try:
+        digest = hashlib.sha256(canonical(rest).encode()).hexdigest()
+    except (ValueError, RecursionError):
+        digest = "no canonical JSON"
+    if metadata.get("sha256") != digest:
+        raise _damaged("metadata", f"a SHA-256 of {short(digest)} in {name}", "the one that is written in it")
+    try:
+        identity = Identity.from_dict(metadata["identity"])
+        if identity.layout != LAYOUT:
+            raise IdentityError("layout", found=identity.layout, needed=f"{LAYOUT} as this kvkern reads", do=AGAIN)
+        if identity.tokens < 1:
+            raise IdentityError("tokens", found=identity.tokens, needed="at least 1", do=AGAIN)
+        blocks = identity.geometry.layers * 2 * num_segments(identity.tokens)
+        kv, sums = metadata["kv"], metadata["sums"]
+        if not (len(kv) == len(sums) == blocks and all(isinstance(d, str) and len(d) == 64 for d in kv)):
+            raise _damaged("metadata.kv", f"{len(kv)} digests and {len(sums)} sums in {name}", f"{blocks} of each")
+        return Header(
+            path=path,
+            identity=identity,
+            provenance=dict(metadata["provenance"]),
+            kv=tuple(kv),
+            sums=tuple(int(value, 16) for value in sums),
+            kv_offset=kv_offset,
+            size_bytes=size,
+        )
+    except IdentityError as error:
+        raise _damaged(f"metadata.identity.{error.field}", f"{error.found} in {name}", error.needed) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # The digest is right, so this was written so: not a damaged file, a foreign one.
+        if isinstance(error, KvkernError):
+            raise
+        raise _damaged("metadata", f"fields of another kind in {name}", "what kvkern wrote") from None
+
+
+def _canonical_header(header: Header, name: str) -> bytes:
+    return _header_bytes(header.identity, list(header.kv), list(header.sums), header.provenance)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """(descriptor, name for errors) of a regular file. Any error of the system becomes a StoreError."""
+    name = Path(path).name
+    try:
+        # Not blocking: opening a pipe would wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise _system_error(Path(path), error, "name a .kv file that can be read") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StoreError("path", found=f"{path}, no regular file", needed="a .kv file", do="name a file")
+        yield fd, name
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, name: str, region: str, offset: int, size: int) -> memoryview:
+    return _read_into(fd, name, region, offset, memoryview(bytearray(size)))
+
+
+def _read_into(fd: int, name: str, region: str, offset: int, into: memoryview) -> memoryview:
+    done = 0
+    while done < len(into):
+        try:
+            count = os.preadv(fd, [into[done:]], offset + done)
+        except OSError as error:
+            raise _system_error(Path(name), error, AGAIN) from None
+        if count == 0:
+            raise _damaged(region, f"the end of {name} at byte {offset + done:,}", f"{offset + len(into):,} bytes")
+        done += count
+    return into
+
+
+def _damaged(field: str, found: str, needed: str) -> StoreError:
+    return StoreError(field, found=found, needed=needed, do=AGAIN)
+
+
+def _system_error(path: Path, error: OSError | ValueError, do: str) -> StoreError:
+    reason = getattr(error, "strerror", None) or error
+    return StoreError("path", found=f"{reason} at {path}", needed="a file that can be used", do=do)
