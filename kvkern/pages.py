@@ -6,6 +6,9 @@ has rows. Pages are shared between slots that continue the same tokens; a shared
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -97,13 +100,13 @@ class PagePool:
 
     def share(self, pages: list[int]) -> None:
         """One more reference to each page. Raises RequestError for a page that nobody holds."""
-        self._need_held(pages)
+        self._need_held(dict.fromkeys(pages, 1))
         for page in pages:
             self._references[page] += 1
 
     def free(self, pages: list[int]) -> None:
         """Give back one reference to each page; a page without any is free again, and poisoned in debug mode."""
-        self._need_held(pages)
+        self._need_held(Counter(pages))
         for page in pages:
             self._references[page] -= 1
             if self._references[page] == 0:
@@ -111,9 +114,9 @@ class PagePool:
                     self.pages[:, :, page].fill_(float("nan"))
                 self._free.append(page)
 
-    def _need_held(self, pages: list[int]) -> None:
-        for page in set(pages):
-            if not 0 <= page < self.num_pages or self._references[page] < pages.count(page):
+    def _need_held(self, references: Mapping[int, int]) -> None:
+        for page, needed in references.items():
+            if not 0 <= page < self.num_pages or self._references[page] < needed:
                 raise RequestError(
                     "page", found=page, needed="a page that is held", do="free or share only what alloc returned"
                 )
@@ -184,7 +187,8 @@ class PagePool:
         """Indices of held pages that the next tokens would write although others read them too."""
         if tokens <= 0:
             return []
-        return [i for i in range(length // PAGE, len(table)) if self._references[table[i]] > 1]
+        end = min(len(table), -(-(length + tokens) // PAGE))
+        return [i for i in range(length // PAGE, end) if self._references[table[i]] > 1]
 
     def advance(self, slot: int, tokens: int) -> None:
         """Count tokens on the host; the step's Plan counts them on the device."""

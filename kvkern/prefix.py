@@ -65,7 +65,6 @@ class SharedPrefix:
                     "parent.device", found=parent.device, needed=self.device, do="keep a path of prefixes on one device"
                 )
             self.position = parent.end
-            parent.retain()
         self._mapping: Any = None
         self._block: Tensor | None = None
         shape = geometry.block_shape(self.tokens)
@@ -73,6 +72,8 @@ class SharedPrefix:
             self._block, self._mapping = cpu.map_tensor(shape, geometry.dtype)
         else:
             self._block = torch.zeros(shape, dtype=geometry.dtype, device=self.device)
+        if parent is not None:
+            parent.retain()  # Last, so that an allocation that fails leaves no trace.
         self._sums: Tensor | None = None
         self.references = 1
         self.identity: Any = None
