@@ -1,7 +1,9 @@
 """Attention over a path of shared prefixes and an agent's own suffix: check, append (K0), prefixes (K1), suffix (K2).
 
 Below the functions lies one flat operator of torch.library, `kvkern::shared_prefix_attention`, which takes tensors and
-numbers only and declares the pages mutated: it is what opcheck and torch.compile see.
+numbers only and declares the pages mutated: it is what opcheck and torch.compile see. It takes the pages of all layers as
+they are allocated, for a view of a mutated tensor loses its storage offset in inductor where sizes are dynamic (torch 2.13;
+pytorch issue 198068): K and V would be written to one place.
 """
 
 from __future__ import annotations
@@ -20,13 +22,12 @@ from kvkern.plan import AgentRows, Plan
 from kvkern.prefix import SharedPrefix
 
 
-@torch.library.custom_op("kvkern::shared_prefix_attention", mutates_args=("k_pages", "v_pages"))
+@torch.library.custom_op("kvkern::shared_prefix_attention", mutates_args=("pages",))
 def _flat(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
     row_slot: Tensor,
@@ -37,10 +38,12 @@ def _flat(
     items: Tensor,
     layer: int,
     sm_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The flat operator: shapes as in `PlanTensors` and `plain`; k and v may have no rows, then nothing is appended."""
+    """The flat operator: pages [layers, 2, num_pages, num_kv_heads, 16, head_dim] by strides, other shapes as in `PlanTensors`
+    and `plain`; k and v may have no rows, then nothing is appended."""
     run = backends.choose(backend, q.device)
+    k_pages, v_pages = pages[layer].unbind()
     if k.shape[0]:
         run.append(k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
     num_kv_heads = k_pages.shape[1]
@@ -67,8 +70,7 @@ def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
     row_slot: Tensor,
@@ -79,7 +81,7 @@ def _fake(
     items: Tensor,
     layer: int,
     sm_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
 
@@ -142,14 +144,13 @@ def shared_prefix_attention(
         q,
         k,
         v,
-        pages.k_pages(layer),
-        pages.v_pages(layer),
+        pages.pages,
         pages.page_table,
         pages.seq_lens,
         *plan.tensors,
         layer,
         q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
-        backends.choose(backend, pages.device).name,
+        backend,
     )
     return (o, lse) if return_lse else o
 
@@ -162,6 +163,13 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pages: PagePool, la
             found="another pool than the plan's",
             needed="the pool that the plan was made for",
             do="make the plan for this pool",
+        )
+    if not plan.begun:
+        raise RequestError(
+            "plan",
+            found="not begun",
+            needed="a plan whose rows are counted",
+            do="call plan.begin() before the first layer",
         )
     if not 0 <= layer < pages.geometry.layers:
         raise ShapeError(
@@ -273,14 +281,13 @@ def attend(
         queries.reshape(batch * rows, num_qo_heads, head_dim),
         none,
         none,
-        pool.k_pages(0),
-        pool.v_pages(0),
+        pool.pages,
         pool.page_table,
         pool.seq_lens,
         *plan.tensors,
         0,
         head_dim**-0.5 if sm_scale is None else sm_scale,
-        backends.choose(backend, q.device).name,
+        backend,
     )
     if node is not None:
         node.release()

@@ -26,6 +26,9 @@ ROW_TILE = 64
 KEY_TILE = 1024
 SUFFIX_ROWS = 16
 SUFFIX_KEYS = 64
+EXP2_PIECE = 65_536
+"""Elements of one exp2. Torch cuts a larger call between more threads than two, at places that need be no multiple of a
+vector; the few elements before a cut then go through another routine, and with them some rows' bits."""
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
@@ -57,7 +60,9 @@ def step(state: State | None, scores: Tensor, v: Tensor) -> State:
     if state is not None:
         m = torch.maximum(m, state.m)
     pivot = _pivot(m)
-    p = scores.sub_(pivot[..., None]).exp2_()
+    p = scores.sub_(pivot[..., None])
+    for piece in p.view(-1).split(EXP2_PIECE):  # type: ignore[no-untyped-call]
+        piece.exp2_()
     total, acc = p.sum(-1), torch.matmul(p, v)
     if state is None:
         return State(m, total, acc)
@@ -67,9 +72,10 @@ def step(state: State | None, scores: Tensor, v: Tensor) -> State:
 
 def finish(state: State) -> tuple[Tensor, Tensor]:
     """(o, lse): o fp32, lse natural logarithm; 0 and -inf where no key was seen."""
-    seen = state.l > 0
-    o = torch.where(seen[..., None], state.acc / state.l[..., None], 0.0)
-    return o, torch.where(seen, (state.m + torch.log2(state.l)) * LN2, -math.inf)
+    # Compared with 0 alone, so that NaN stays NaN.
+    unseen = state.l == 0
+    o = torch.where(unseen[..., None], 0.0, state.acc / state.l[..., None])
+    return o, torch.where(unseen, -math.inf, (state.m + torch.log2(state.l)) * LN2)
 
 
 def empty(*shape: int, head_dim: int, device: torch.device) -> State:
@@ -270,8 +276,9 @@ class _Chunk:
 
     def __init__(self, slots: Tensor, lengths: Tensor, q: Tensor) -> None:
         n, num_kv_heads, group, head_dim = q.shape
-        # With G rows padded to a power of two the batched GEMM takes whole register tiles and no remainder loop.
-        self.q = q.new_zeros((SUFFIX_ROWS, num_kv_heads, next_power_of_2(group), head_dim))
+        # With G rows padded to a power of two the batched GEMM takes whole register tiles and no remainder loop; with two
+        # at least, what is element-wise over the chunk has a multiple of 32 elements, two of the widest vectors.
+        self.q = q.new_zeros((SUFFIX_ROWS, num_kv_heads, next_power_of_2(max(2, group)), head_dim))
         self.q[:n, :, :group] = q
         self.lengths = lengths.new_zeros(SUFFIX_ROWS)
         self.lengths[:n] = lengths

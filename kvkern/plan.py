@@ -7,6 +7,7 @@ step is made here; a layer's call compares one small tuple.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,6 +69,7 @@ class Plan:
     last_rows   packed row of each given agent's last row, in the order given
     tensors     the plan on the device
     expects     (rows, num_qo_heads, num_kv_heads, head_dim, dtype, device) that a layer's call must bring
+    begun       whether the rows were ever counted: before that they have no place in the pages
     """
 
     pool: PagePool
@@ -81,6 +83,7 @@ class Plan:
     _blocks: tuple[Tensor, ...]
     _slots: Tensor
     _counts: Tensor
+    begun: bool = False
 
     @classmethod
     def make(
@@ -145,7 +148,7 @@ class Plan:
             qo_indptr=tuple(qo_indptr),
             rows=rows,
             last_rows=tuple(row_of[i] - 1 for i in range(len(agents))),
-            tensors=PlanTensors(
+            tensors=_any_size(
                 vector(row_slot, torch.int32),
                 vector(row_back, torch.int32),
                 table_of(tiles, 4, torch.int32),
@@ -172,6 +175,19 @@ class Plan:
                     self.pool.advance(done.slot, -done.rows)
                 raise
         self.pool.seq_lens.index_add_(0, self._slots, self._counts)
+        object.__setattr__(self, "begun", True)
+
+
+def _any_size(*tensors: Tensor) -> PlanTensors:
+    """The tensors, marked for torch.compile as of any size, so that what it compiles for one plan serves every plan."""
+    plan = PlanTensors(*tensors)
+    # Who compiles has imported dynamo, and others need not pay the seconds that it takes to import.
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        for tensor in plan:
+            dynamo.maybe_mark_dynamic(tensor, 0)
+        dynamo.maybe_mark_dynamic(plan.path_table, 1)
+    return plan
 
 
 def _check(pool: PagePool, agents: Sequence[AgentRows], workers_per_node: int) -> None:

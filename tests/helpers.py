@@ -1,0 +1,399 @@
+"""Cases of attention over prefixes and suffixes, run through the operator in hostile buffers, and the two ways to compare.
+
+Everything that a kernel must not touch holds NaN, everything that it must not write is compared bit for bit afterwards,
+and every page number that it must not use is out of range.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvkern.attention import shared_prefix_attention
+from kvkern.geometry import PAGE, Geometry
+from kvkern.kernels.oracle import attend_fp64
+from kvkern.pages import PagePool
+from kvkern.plan import AgentRows, Plan
+from kvkern.prefix import SharedPrefix
+
+NAN = float("nan")
+NO_PAGE = (2**30, -1, -(2**31), 2**31 - 1)
+"""Page numbers that no pool has, for the unused entries of a page table."""
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of each element, as an integer of its size: NaN equals itself, and 0.0 is not -0.0."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def assert_same_bits(a: Tensor, b: Tensor, name: str) -> None:
+    """Same shape, dtype and bits. NaN is refused on either side, even where both have it."""
+    assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{name}: {a.dtype} {[*a.shape]} against {b.dtype} {[*b.shape]}"
+    for side in (a, b):
+        nans = int(torch.isnan(side).sum())
+        assert not nans, f"{name}: {nans} of {side.numel()} are NaN"
+    _report(bits(a) != bits(b), a, b, name)
+
+
+def assert_untouched(a: Tensor, b: Tensor, name: str) -> None:
+    """Same bits, where NaN is what the buffer is full of."""
+    _report(bits(a) != bits(b), a, b, name)
+
+
+def _report(differ: Tensor, a: Tensor, b: Tensor, name: str) -> None:
+    if differ.any():
+        first = tuple(differ.nonzero()[0].tolist())
+        x, y = a[first].item(), b[first].item()
+        raise AssertionError(f"{name}: {int(differ.sum())} of {differ.numel()} differ, first at {first}: {x} != {y}")
+
+
+def assert_exact(result: Tensor, reference: Tensor, plain: Tensor, name: str = "o") -> None:
+    """FlashAttention's rule: the largest error is at most twice, the mean at most 1.5 times, that of a plain computation.
+
+    result     what is judged
+    reference  the same in fp64
+    plain      the same by plain torch in the dtype of the inputs
+
+    In fp32, whose plain computation is no measure for sums in another order: 1e-5 of the largest value. NaN never passes,
+    and -inf is -inf or wrong.
+    """
+    assert result.shape == reference.shape, f"{name}: {[*result.shape]}, needed {[*reference.shape]}"
+    assert reference.dtype == torch.float64
+    assert not torch.isnan(result).any(), f"{name}: {int(torch.isnan(result).sum())} of {result.numel()} are NaN"
+    finite = torch.isfinite(reference)
+    assert torch.equal(torch.isfinite(result), finite), f"{name}: not finite elsewhere than the reference"
+    assert torch.equal(result[~finite].double(), reference[~finite]), f"{name}: another infinity"
+    if not finite.any():
+        return
+    error, plain_error = ((x.double() - reference)[finite].abs() for x in (result, plain))
+    if plain.dtype == torch.float32:
+        bound = 1e-5 * max(1.0, reference[finite].abs().max().item())
+        assert error.max() <= bound, f"{name}: max error {error.max():.3e}, needed at most {bound:.3e}"
+        return
+    for kind, factor, found, needed in (
+        ("max", 2.0, error.max(), plain_error.max()),
+        ("mean", 1.5, error.mean(), plain_error.mean()),
+    ):
+        assert found <= factor * needed, f"{name}: {kind} error {found:.3e}, needed at most {factor} x {needed:.3e}"
+
+
+# -- hostile memory ----------------------------------------------------------------------------------------------------
+
+
+class Guarded:
+    """A tensor that lies strided in a larger one full of NaN, which must be unchanged afterwards."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, dims: Sequence[int] | None = None) -> None:
+        """dims: the order of the dimensions in memory, outermost first; the last dimension stays innermost."""
+        dims = list(range(len(shape))) if dims is None else list(dims)
+        assert dims[-1] == len(shape) - 1
+        # 16 more elements in a row keep rows aligned as a model's are.
+        padded = [shape[d] + 2 for d in dims[:-1]] + [shape[-1] + 32]
+        self.buffer = torch.full(padded, NAN, dtype=dtype)
+        inner = self.buffer[tuple(slice(1, -1) for _ in dims[:-1]) + (slice(16, -16),)]
+        self.view = inner.permute([dims.index(d) for d in range(len(dims))])
+        assert self.view.shape == tuple(shape) and self.view.stride(-1) == 1
+        self.before = self.buffer
+
+    @classmethod
+    def of(cls, tensor: Tensor, dims: Sequence[int] | None = None) -> Guarded:
+        guarded = cls(tensor.shape, tensor.dtype, dims)
+        guarded.view.copy_(tensor)
+        return guarded.seal()
+
+    def seal(self) -> Guarded:
+        """From here on nothing may change."""
+        self.before = self.buffer.clone()
+        return self
+
+    def check(self, name: str) -> None:
+        assert_untouched(self.buffer, self.before, f"{name} and its guard bands")
+
+
+@contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What torch.empty returns holds NaN, so that nothing can depend on it."""
+    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warns)
+
+
+def hostile_pool(
+    geometry: Geometry, num_pages: int, slots: int, *, width: int | None = None
+) -> tuple[PagePool, Guarded]:
+    """A pool whose pages lie strided between guard bands in one of two layouts and are handed out in random order, as are
+    its slots; whatever is unused in page table and lengths is out of range."""
+    pool = PagePool(geometry, num_pages, slots=slots, max_pages_per_slot=width, debug=True)
+    layout = random.choice([(0, 1, 2, 3, 4, 5), (0, 1, 2, 4, 3, 5)])
+    pages = Guarded(pool.pages.shape, geometry.dtype, layout)
+    pool.pages = pages.view
+    table = torch.empty((slots + 2, pool.max_pages_per_slot + 3), dtype=torch.int32)
+    table.copy_(torch.tensor(NO_PAGE)[torch.randint(len(NO_PAGE), table.shape)])
+    pool.page_table = table[1:-1, 1:-2]
+    pool.seq_lens.fill_(2**30)
+    ids, held = pool.alloc(num_pages), [pool.acquire_slot() for _ in range(slots)]
+    pool.seq_lens.fill_(2**30)
+    random.shuffle(ids)
+    random.shuffle(held)
+    pool.free(ids)
+    for slot in held:
+        pool.release_slot(slot)
+    return pool, pages.seal()
+
+
+# -- a case ------------------------------------------------------------------------------------------------------------
+
+
+class Out(NamedTuple):
+    """One agent's rows: o [rows, num_qo_heads, head_dim], lse [rows, num_qo_heads]."""
+
+    o: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Agent:
+    """A leaf of the tree or None; k and v of the whole suffix; q of its last rows, which are this step's."""
+
+    node: SharedPrefix | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Agents over a tree of prefixes, in one layer of a model."""
+
+    geometry: Geometry
+    layer: int
+    sm_scale: float | None
+    agents: tuple[Agent, ...]
+
+    def only(self, *which: int) -> Case:
+        """The same agents, alone, or a few of them in this order."""
+        return replace(self, agents=tuple(self.agents[i] for i in which))
+
+    def keys_and_values(self, agent: Agent) -> tuple[Tensor, Tensor]:
+        """All that an agent's last row sees, [tokens, num_kv_heads, head_dim]."""
+        nodes = agent.node.path() if agent.node is not None else []
+        keys = [node.key(self.layer).transpose(0, 1) for node in nodes]
+        values = [node.value(self.layer).transpose(0, 1) for node in nodes]
+        return torch.cat([*keys, agent.k]), torch.cat([*values, agent.v])
+
+    def oracle(self) -> list[Out]:
+        """Dense, in fp64."""
+        return [Out(*attend_fp64(a.q, *self.keys_and_values(a), sm_scale=self.sm_scale)) for a in self.agents]
+
+    def plain(self) -> list[Out]:
+        """Dense, by plain torch in the dtype of the case."""
+        return [plain_attention(a.q, *self.keys_and_values(a), self.sm_scale) for a in self.agents]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None = None) -> Out:
+    """Softmax attention as one writes it, every intermediate in the dtype of q."""
+    rows, num_qo_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    group = num_qo_heads // k.shape[1]
+    keys, values = (t.repeat_interleave(group, dim=1).transpose(0, 1) for t in (k, v))
+    scores = torch.matmul(q.transpose(0, 1) * scale, keys.transpose(1, 2))
+    hidden = torch.ones(rows, k.shape[0], dtype=torch.bool).triu(k.shape[0] - rows + 1)
+    scores = scores.masked_fill(hidden, -math.inf)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    return Out(torch.matmul(weights, values).transpose(0, 1), torch.logsumexp(scores, dim=-1).transpose(0, 1))
+
+
+class CaseMaker:
+    """make_case(...): random values in a case of the shape that is asked for."""
+
+    def __call__(
+        self,
+        *,
+        rows: int | None = None,
+        prefix_tokens: int = 0,
+        suffix_tokens: int | Sequence[int] | None = None,
+        tree: Mapping[str, tuple[int, str | None]] | None = None,
+        agents: Sequence[tuple[str | None, int, int]] | None = None,
+        num_kv_heads: int = 2,
+        G: int = 2,
+        head_dim: int = 64,
+        dtype: torch.dtype = torch.float32,
+        sm_scale: float | None = None,
+        layers: int = 2,
+    ) -> Case:
+        """Either `rows` agents with one row each over one prefix, or any agents over any tree.
+
+        suffix_tokens  of all or of each of the `rows` agents, the row's own token included; ragged, up to 70, if None
+        tree           name -> (tokens, name of the parent or None), parents first
+        agents         (name of the leaf or None, suffix tokens after this step, rows in this step)
+
+        The case runs in a random layer; the prefixes of the other layers hold NaN.
+        """
+        if agents is None:
+            assert rows is not None and tree is None
+            if suffix_tokens is None:
+                suffix_tokens = [random.randint(1, 70) for _ in range(rows)]
+            lengths = [suffix_tokens] * rows if isinstance(suffix_tokens, int) else suffix_tokens
+            tree = {"doc": (prefix_tokens, None)} if prefix_tokens else {}
+            agents = [("doc" if prefix_tokens else None, n, 1) for n in lengths]
+        geometry = Geometry(layers, num_kv_heads * G, num_kv_heads, head_dim, dtype)
+        layer = random.randrange(layers)
+        nodes: dict[str, SharedPrefix] = {}
+        for name, (tokens, parent) in (tree or {}).items():
+            node = SharedPrefix(geometry, torch.arange(tokens), parent=nodes[parent] if parent else None)
+            block = node.block()
+            block[:layer], block[layer + 1 :] = NAN, NAN
+            block[layer, :, :, :tokens] = torch.randn(2, num_kv_heads, tokens, head_dim)
+            nodes[name] = node.publish()
+        made = []
+        for leaf, suffix, own in agents:
+            k, v = (torch.randn(suffix, num_kv_heads, head_dim).to(dtype) for _ in range(2))
+            # Twice the usual spread: some keys matter more than others.
+            q = (2 * torch.randn(own, num_kv_heads * G, head_dim)).to(dtype)
+            made.append(Agent(nodes[leaf] if leaf else None, q, k, v))
+        return Case(geometry, layer, sm_scale, tuple(made))
+
+
+# -- running a case through the operator -------------------------------------------------------------------------------
+
+
+def attend(
+    backend: str | None,
+    case: Case,
+    *,
+    workers_per_node: int = 1,
+    padding: int = 0,
+    rows_per_step: int | None = None,
+) -> list[Out]:
+    """Each agent's o and lse, in the order of the case, through `shared_prefix_attention`.
+
+    padding        padding rows after the agents' rows, whose q, k and v are NaN; they must give 0 and -inf
+    rows_per_step  rows that each agent brings to a step, until it has brought all; all in one step if None
+
+    Along the way: the pages must change by the tokens of each step and by nothing else; q, k and v must not change.
+    """
+    g = case.geometry
+    needed = [-(-a.k.shape[0] // PAGE) for a in case.agents]
+    pool, pages = hostile_pool(g, sum(needed) + 3, len(case.agents) + 2, width=max(needed))
+    slots = [pool.acquire_slot() for _ in case.agents]
+    for slot, agent in zip(slots, case.agents, strict=True):
+        _write_history(pool, slot, agent, case.layer)
+    done = [0] * len(slots)
+    outs: list[list[Out]] = [[] for _ in slots]
+    while any(n < a.rows for n, a in zip(done, case.agents, strict=True)):
+        takes = [
+            (i, done[i], a.rows if rows_per_step is None else min(a.rows, done[i] + rows_per_step))
+            for i, a in enumerate(case.agents)
+            if done[i] < a.rows
+        ]
+        for i, out in _step(backend, case, pool, pages, slots, takes, workers_per_node, padding).items():
+            outs[i].append(out)
+        for i, _, end in takes:
+            done[i] = end
+    return [Out(*(torch.cat(parts) for parts in zip(*out, strict=True))) for out in outs]
+
+
+def _write_history(pool: PagePool, slot: int, agent: Agent, layer: int) -> None:
+    """The tokens before this step, put into their pages one by one."""
+    history = agent.k.shape[0] - agent.rows
+    pool.reserve(slot, history)
+    pool.advance(slot, history)
+    pool.seq_lens[slot] = history
+    for i, page in enumerate(pool.table(slot)):
+        n = min(PAGE, history - i * PAGE)
+        for which, values in enumerate((agent.k, agent.v)):
+            pool.pages[layer, which, page, :, :n] = values[i * PAGE : i * PAGE + n].transpose(0, 1)
+
+
+def _step(
+    backend: str | None,
+    case: Case,
+    pool: PagePool,
+    pages: Guarded,
+    slots: Sequence[int],
+    takes: Sequence[tuple[int, int, int]],
+    workers_per_node: int,
+    padding: int,
+) -> dict[int, Out]:
+    """One step of (agent, first row, last row): plan, call, check of all that must not change."""
+    g, layer = case.geometry, case.layer
+    rows = sum(end - begin for _, begin, end in takes)
+    for i, begin, end in takes:
+        pool.reserve(slots[i], end - begin)
+    plan = Plan.make(
+        pool,
+        [AgentRows(slots[i], case.agents[i].node, end - begin) for i, begin, end in takes],
+        bucket=rows + padding if padding else None,
+        workers_per_node=workers_per_node,
+    )
+    packed = [takes[n] for n in plan.order]
+    q = torch.full((plan.rows, g.num_qo_heads, g.head_dim), NAN, dtype=g.dtype)
+    k, v = (torch.full((plan.rows, g.num_kv_heads, g.head_dim), NAN, dtype=g.dtype) for _ in range(2))
+    pages.seal()
+    after = pages.before.clone()
+    expected = after.as_strided(pages.view.shape, pages.view.stride(), pages.view.storage_offset())
+    for (i, begin, end), row in zip(packed, plan.qo_indptr, strict=False):
+        agent = case.agents[i]
+        first = agent.k.shape[0] - agent.rows + begin
+        q[row : row + end - begin] = agent.q[begin:end]
+        for which, (mine, packed_rows) in enumerate(((agent.k, k), (agent.v, v))):
+            mine = mine[first : first + end - begin]
+            packed_rows[row : row + end - begin] = mine
+            for position, token in enumerate(mine, start=first):
+                expected[layer, which, pool.table(slots[i])[position // PAGE], :, position % PAGE] = token
+
+    layouts = [random.choice([(0, 1, 2), (1, 0, 2)]) for _ in range(3)]
+    inputs = [Guarded.of(t, layout) for t, layout in zip((q, k, v), layouts, strict=True)]
+    plan.begin()
+    with fresh_memory_is_nan():
+        o, lse = shared_prefix_attention(
+            *(t.view for t in inputs),
+            plan,
+            pool,
+            layer=layer,
+            sm_scale=case.sm_scale,
+            return_lse=True,
+            backend=backend,
+        )
+    for name, t in zip("qkv", inputs, strict=True):
+        t.check(name)
+    assert_untouched(pages.buffer, after, "pages and their guard bands")
+    assert o.shape == q.shape and o.dtype == q.dtype and lse.dtype == torch.float32
+    assert_same_bits(o[rows:], torch.zeros_like(o[rows:]), "o of padding rows")
+    assert_same_bits(lse[rows:], torch.full_like(lse[rows:], -math.inf), "lse of padding rows")
+    return {
+        i: Out(o[row : row + end - begin], lse[row : row + end - begin])
+        for (i, begin, end), row in zip(packed, plan.qo_indptr, strict=False)
+    }
+
+
+def assert_same_rows(a: Out, b: Out, index: int | str) -> None:
+    """Two results of one agent: the same bits in o and in lse."""
+    assert_same_bits(a.o, b.o, f"o[{index}]")
+    assert_same_bits(a.lse, b.lse, f"lse[{index}]")
+
+
+def assert_case_is_exact(outs: Sequence[Out], case: Case) -> None:
+    """Every agent's o and lse against the oracle."""
+    for i, (out, reference, plain) in enumerate(zip(outs, case.oracle(), case.plain(), strict=True)):
+        assert_exact(out.o, reference.o, plain.o, f"o[{i}]")
+        assert_exact(out.lse, reference.lse, plain.lse, f"lse[{i}]")
