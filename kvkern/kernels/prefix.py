@@ -9,12 +9,12 @@ items       int32 (node, row begin, row end, segment begin, segment end, state)
 states      m, l [S, num_kv_heads, T * G], acc [S, num_kv_heads, T * G, head_dim], fp32
 
 A walk from segment 0 folds as it goes and leaves one state in slot `state`, where it also keeps its total between segments:
-registers have no room for it, and 128 rows move 128 KB there where the segment's keys and values move 512. A later walk leaves each segment's own state in a
-slot of its own, since the fold is not associative.
+registers have no room for it, and 128 rows move 128 KB there where the segment's keys and values move 512. A later walk
+leaves each segment's own state in a slot of its own, since the fold is not associative.
 
-Bound by the tensor cores from about 50 agents of 4 query heads a kv head, by reading K and V below (both by arithmetic). Untuned: loads are
-pointers, not TMA, and nothing was measured. The grid is as large as any item could be: with many documents most of its
-programs leave at once.
+Bound by the tensor cores from about 50 agents of 4 query heads a kv head, by reading K and V below (both by arithmetic).
+Untuned: loads are pointers, not TMA, and nothing was measured. The grid is as large as any item could be: with many
+documents most of its programs leave at once.
 """
 
 import math
