@@ -23,6 +23,9 @@ from kvkern.prefix import SharedPrefix
 SUFFIX_BLOCK_M = 16
 """Packed rows (tokens times G) that one worker of the suffix kernel takes at most."""
 
+PREFIX_BLOCK_M = 128
+"""Packed rows of a work item at most, so that a launch over items has as many programs as there is work."""
+
 LEAST = 2
 """Rows and states that a table has at least: a compiler makes sizes of 0 and 1 constants, and a new plan must not recompile.
 Rows of zeros are added; a work item or a tile without rows does nothing."""
@@ -47,8 +50,9 @@ class PlanTensors(NamedTuple):
     suffix_tiles  int32 [R, 4]    (slot, row begin, row end, path): rows of one agent for one worker of the suffix kernel
     path_table    int32 [paths, S]  fold order of the states of a path: 1 starts a node, 2 continues it, 0 no more
     node_table    int64 [N, 4]    (address of the allocation, P, padded P, tokens in a segment)
-    items         int32 [W, 6]    (node, row begin, row end, segment begin, segment end, state): a walk from segment 0 folds
-                                  as it goes and leaves one state; a later walk leaves every segment's state in its own slot
+    items         int32 [W, 6]    (node, row begin, row end, segment begin, segment end, state), at most PREFIX_BLOCK_M packed
+                                  rows, or one token: a walk from segment 0 folds as it goes and leaves one state; a later
+                                  walk leaves every segment's state in its own slot
     """
 
     row_slot: Tensor
@@ -123,7 +127,7 @@ class Plan:
             path = paths.setdefault(keys[i], len(paths))
             tiles += [(agents[i].slot, r, min(r + tile_rows, end), path) for r in range(begin, end, tile_rows)]
 
-        nodes, items, flags = _cut(agents, order, keys, qo_indptr, workers_per_node)
+        nodes, items, flags = _cut(agents, order, keys, qo_indptr, workers_per_node, pool.geometry.G)
         width = max(LEAST, max(map(len, flags.values())))
         table = [flags[key] + [0] * (width - len(flags[key])) for key in paths]
         blocks = tuple(node.block() for node in nodes)
@@ -242,10 +246,12 @@ def _cut(
     keys: Sequence[tuple[int, ...]],
     qo_indptr: Sequence[int],
     workers: int,
+    group: int,
 ) -> tuple[list[SharedPrefix], list[tuple[int, ...]], dict[tuple[int, ...], list[int]]]:
     """Nodes in depth-first order, work items, and for each path its flags in fold order.
 
-    A node's rows are contiguous, and its states follow those of its ancestors, so siblings use the same slots for other rows.
+    A node's rows are contiguous, cut into items of at most PREFIX_BLOCK_M packed rows. Its states follow those of its
+    ancestors, so siblings use the same slots for other rows.
     """
     nodes: list[SharedPrefix] = []
     number: dict[tuple[int, ...], int] = {}
@@ -260,15 +266,18 @@ def _cut(
                 ranges[prefix] = [qo_indptr[n], qo_indptr[n + 1]]
             ranges[prefix][1] = qo_indptr[n + 1]
 
+    item_rows = max(1, PREFIX_BLOCK_M // group)
     items: list[tuple[int, ...]] = []
     flags: dict[tuple[int, ...], list[int]] = {(): []}
     for prefix, n in number.items():
         segments = num_segments(nodes[n].tokens)
         run = -(-segments // workers)
         state = len(flags[prefix[:-1]])
-        begin, end = ranges[prefix]
-        items.append((n, begin, end, 0, min(run, segments), state))
-        for first in range(run, segments, run):
-            items.append((n, begin, end, first, min(first + run, segments), state + 1 + first - run))
+        first_row, last_row = ranges[prefix]
+        for begin in range(first_row, last_row, item_rows):
+            end = min(begin + item_rows, last_row)
+            items.append((n, begin, end, 0, min(run, segments), state))
+            for first in range(run, segments, run):
+                items.append((n, begin, end, first, min(first + run, segments), state + 1 + first - run))
         flags[prefix] = flags[prefix[:-1]] + [STARTS] + [CONTINUES] * (segments - min(run, segments))
     return nodes, items, flags

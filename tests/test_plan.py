@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,9 +92,10 @@ def check(plan, pool, agents, bucket=None):
         assert (tokens, padded, segment) == (n.tokens, n.padded_tokens, n.segment_tokens)
     assert all(end <= total for _, _, end, _, _, _ in t.items.tolist())
 
-    # Depth first: a node's rows are one run, and its items all have it.
+    # Depth first: a node's rows are one run, and for every run of segments its items cover it without a gap.
     for number, row in enumerate(table):
-        runs = {tuple(item[1:3]) for item in t.items.tolist() if item[0] == number and item[1] < item[2]}
+        cut = [item for item in t.items.tolist() if item[0] == number and item[1] < item[2]]
+        runs = {joined([tuple(item[1:3]) for item in cut if item[3] == first]) for first in {item[3] for item in cut}}
         below = [
             r for i in plan.order for r in rows_of(plan, i) if agents[i].node and nodes[row[0]] in agents[i].node.path()
         ]
@@ -106,6 +108,13 @@ def check(plan, pool, agents, bucket=None):
             assert [w for _, walked in folded for w in walked] == segments_of(agent.node)
             for flag, walked in folded:
                 assert len({at for at, _ in walked}) == 1 and flag == (1 if walked[0][1] == 0 else 2)
+
+
+def joined(ranges):
+    """(first, last) of ranges that follow one another; an assertion where they overlap or leave a gap."""
+    ranges = sorted(ranges)
+    assert all(a[1] == b[0] for a, b in pairwise(ranges))
+    return ranges[0][0], ranges[-1][1]
 
 
 def rows_of(plan, i):
@@ -169,8 +178,9 @@ def test_more_workers_move_segments_but_not_their_order(case, workers):
         assert [w for _, walked in alone for w in walked] == [w for _, walked in split for w in walked]
         assert all(flag == 1 for flag, _ in alone), "one worker folds a whole node as it walks"
         assert all(len(walked) == 1 for flag, walked in split if flag == 2), "a later worker leaves each segment apart"
-    runs = Counter((n, first) for n, begin, end, first, _, _ in many.tensors.items.tolist() if begin < end)
-    assert all(count == 1 for count in runs.values())
+    items = [item for item in many.tensors.items.tolist() if item[1] < item[2]]
+    assert all(count == 1 for count in Counter((n, begin, first) for n, begin, _, first, _, _ in items).values())
+    runs = {(n, first) for n, _, _, first, _, _ in items}
     assert max(Counter(n for n, _ in runs).values(), default=0) <= workers
 
 
@@ -200,6 +210,14 @@ def test_siblings_use_the_same_places_and_their_rows_lie_side_by_side():
     assert [agents[i].node for i in plan.order] == [None, root, left, left, right, right]
     by_path = {tuple(flags) for flags in plan.tensors.path_table.tolist()}
     assert by_path == {(0, 0, 0, 0, 0), (1, 2, 0, 0, 0), (1, 2, 1, 2, 2), (1, 2, 1, 0, 0)}
+
+
+@pytest.mark.parametrize(("group", "rows", "expected"), [(3, 100, [42, 42, 16]), (8, 16, [16]), (20, 13, [6, 6, 1])])
+def test_an_item_has_at_most_128_packed_rows(group, rows, expected):
+    pool, slots = pool_of(GEOMETRIES[group])
+    leaf = node(GEOMETRIES[group])
+    plan = Plan.make(pool, [AgentRows(slots[0], leaf, rows)])
+    assert [end - begin for _, begin, end, *_ in plan.tensors.items.tolist() if begin < end] == expected
 
 
 def test_agents_without_a_prefix_need_no_item():

@@ -2,7 +2,7 @@
 
     state[s] = softmax state of q K^T * sm_scale over V, for the keys of one segment, or of a walk of segments
 
-grid        (row tiles of BLOCK_M, work items, kv heads); tiles past an item's rows leave at once
+grid        (row tiles of an item, work items, kv heads): an item has at most plan.PREFIX_BLOCK_M packed rows, or one token
 q           [T, num_qo_heads, head_dim] by strides; packed row r of a kv head is token r // G, query head head * G + r % G
 node_table  int64 (address, P, padded P, tokens in a segment): K and V lie at [layer, 2, num_kv_heads, padded P, head_dim]
 items       int32 (node, row begin, row end, segment begin, segment end, state)
@@ -13,8 +13,7 @@ registers have no room for it, and 128 rows move 128 KB there where the segment'
 leaves each segment's own state in a slot of its own, since the fold is not associative.
 
 Bound by the tensor cores from about 50 agents of 4 query heads a kv head, by reading K and V below (both by arithmetic).
-Untuned: loads are pointers, not TMA, and nothing was measured. The grid is as large as any item could be: with many
-documents most of its programs leave at once.
+Untuned: loads are pointers, not TMA, and nothing was measured.
 """
 
 import math
@@ -28,6 +27,7 @@ from kvkern.geometry import next_power_of_2
 from kvkern.kernels.state import ROUNDING, fold, load, start, step, store
 from kvkern.kernels.tiles import arch_of, on, tiles
 from kvkern.plain import State
+from kvkern.plan import PREFIX_BLOCK_M
 
 LOG2E = math.log2(math.e)
 
@@ -142,7 +142,7 @@ def prefix_attention(
     l = torch.empty(shape, dtype=torch.float32, device=q.device)
     acc = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
     tile = tiles(head_dim, G, q.dtype, arch_of(q.device)).prefix
-    grid = (triton.cdiv(rows * G, tile.BLOCK_M), items.shape[0], num_kv_heads)
+    grid = (triton.cdiv(max(PREFIX_BLOCK_M, G), tile.BLOCK_M), items.shape[0], num_kv_heads)
     with on(q.device):
         prefix_kernel[grid](
             q,
