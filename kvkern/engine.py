@@ -18,20 +18,23 @@ from torch import Tensor
 
 from kvkern import cost, qwen3
 from kvkern.backends import choose
-from kvkern.errors import CapacityError, DeviceError, KvkernError, RequestError, ShapeError
+from kvkern.errors import CapacityError, KvkernError, RequestError
 from kvkern.geometry import PAGE
-from kvkern.identity import model_geometry, weights_digest
+from kvkern.identity import model_geometry, tokenizer_digest
 from kvkern.linear import Rounding, measure
 from kvkern.pages import PagePool
 from kvkern.plan import AgentRows, Plan
 from kvkern.prefix import SharedPrefix
-from kvkern.publish import Document
+from kvkern.publish import Document, check_document, check_ids
 from kvkern.sampling import SamplingParams, TextStream, sample
-from kvkern.scheduler import FINISHED, Scheduler, Step
+from kvkern.scheduler import EXTEND_CHUNK, FINISHED, Scheduler, Step
 from kvkern.scheduler import Sequence as Suffix
 
 DEFAULT_MEMORY = 2 << 30
 """Bytes of suffix pages if the caller names no budget."""
+
+EOS = {"eos_token_id", "eos_token_ids"}
+"""Options that say which tokens end an answer; without them and a model that says so, the tokenizer's own does."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Request:
     params: SamplingParams
     stream: TextStream
     seen: Tensor | None
+    outbox: deque[Delta] | None = None
     answer: Answer | None = None
 
     @property
@@ -95,8 +99,8 @@ class Engine:
     backend            "triton" or "torch"; by default the device decides
     debug              poison freed pages
 
-    Raises UnsupportedError or DeviceError for a model that the kernels cannot serve, CapacityError for a budget that holds
-    no page, RequestError for a limit below 1.
+    Raises UnsupportedError or DeviceError for a model or tokenizer that the kernels cannot serve, CapacityError for a budget
+    that holds no page, RequestError for a limit below 1.
     """
 
     def __init__(
@@ -114,8 +118,10 @@ class Engine:
     ) -> None:
         self.device = qwen3.check_model(model)
         self.model, self.tokenizer = model, tokenizer
-        for name, value in (("max_agents", max_agents), ("max_extend_tokens", max_extend_tokens)):
-            if value < 1:
+        self._tokenizer_digest = tokenizer_digest(tokenizer)
+        limits = {"max_agents": max_agents, "max_extend_tokens": max_extend_tokens, "max_queue": max_queue}
+        for name, value in limits.items():
+            if value is not None and value < 1:
                 raise RequestError(name, found=value, needed="at least 1", do=f"give a larger {name}")
         self.geometry = model_geometry(model)
         self.backend = choose(backend, self.device)
@@ -144,12 +150,12 @@ class Engine:
             max_extend_tokens=max_extend_tokens,
             max_agents=max_agents,
             max_queue=max_queue,
+            # What one agent brings must fit into one forward.
+            max_chunk=EXTEND_CHUNK if self.rounding is None else min(EXTEND_CHUNK, self.rounding.layers.max_rows),
         )
         self.steps = 0
         self._requests: dict[Suffix, Request] = {}
-        self._deltas: deque[tuple[Request, str]] = deque()
         self._plans: dict[tuple[AgentRows, ...], Plan] = {}
-        self._served: dict[SharedPrefix, str] = {}
         # Any 4-D mask is handed on as it is, so transformers builds none and asks the device nothing.
         self._mask = torch.empty((1, 1, 1, 1), device=self.device)
 
@@ -175,10 +181,11 @@ class Engine:
 
         A question that is refused becomes an Answer with finish_reason "error" and its error; the others go on. When the
         iterator is closed or interrupted, questions that have not ended are cancelled and their pages given back.
-        Raises RequestError, UnsupportedError or ReadOnlyError before the first question for what concerns all of them.
+        Raises RequestError, UnsupportedError, or what `check_document` raises, before the first question for what concerns
+        all of them.
         """
         params = self._params(generation_config, options)
-        self._check_prefix(document)
+        self._check(document)
         answers = self._answers(document, questions, params, seed, template_kwargs or {})
         return _in_order(answers) if ordered else answers
 
@@ -207,7 +214,7 @@ class Engine:
     ) -> Iterator[Delta]:
         """As `ask`, but yields pieces of text as they come; the last Delta of a question holds its Answer."""
         params = self._params(generation_config, options)
-        self._check_prefix(document)
+        self._check(document)
         return self._stream(document, questions, params, seed, template_kwargs or {})
 
     def _stream(
@@ -219,33 +226,37 @@ class Engine:
         kwargs: dict[str, Any],
     ) -> Generator[Delta, None, None]:
         coming = enumerate(questions)
-        mine: set[Request] = set()
+        # Each stream has an outbox of its own: several may take turns on one engine.
+        outbox: deque[Delta] = deque()
+        mine: dict[int, Request] = {}
         exhausted = False
+        document.retain()
         try:
             while True:
                 # A generator of a million questions is read only as far as agents can run.
-                while not exhausted and len(self.scheduler.waiting) < self._read_ahead():
+                while not exhausted and not outbox and len(self.scheduler.waiting) < self._read_ahead():
                     item = next(coming, None)
                     if item is None:
                         exhausted = True
                         break
                     index, question = item
                     try:
-                        mine.add(self._submit(document, question, params, seed + index, index, kwargs))
+                        mine[index] = self._submit(document, question, params, seed + index, index, kwargs, outbox)
                     except KvkernError as error:
                         yield Delta(index, "", Answer(index, "", (), "error", 0, document.end, error))
                 if not mine and exhausted:
                     return
-                self.step()
-                while self._deltas:
-                    request, text = self._deltas.popleft()
-                    if request in mine:
-                        if request.answer is not None:
-                            mine.remove(request)
-                        yield Delta(request.index, text, request.answer)
+                if not outbox:
+                    self.step()
+                while outbox:
+                    delta = outbox.popleft()
+                    if delta.answer is not None:
+                        del mine[delta.index]
+                    yield delta
         finally:
-            for request in mine:
+            for request in mine.values():
                 self.cancel(request)
+            _give_back(document)
 
     def _read_ahead(self) -> int:
         ahead = self.scheduler.max_agents
@@ -265,10 +276,10 @@ class Engine:
         """Put one question into the queue; `step` then works on it, and `request.answer` is set when it has ended.
 
         Raises RequestError (an empty question, an unknown token id, a bad option), CapacityError (a full queue, more tokens
-        than positions or pages), ShapeError, DeviceError or RequestError for a document of another model.
+        than positions or pages), and what `check_document` raises for a document of another model or tokenizer.
         """
         params = self._params(generation_config, options)
-        self._check_prefix(document)
+        self._check(document)
         return self._submit(document, question, params, seed, index, template_kwargs or {})
 
     def _submit(
@@ -279,11 +290,9 @@ class Engine:
         seed: int,
         index: int,
         kwargs: dict[str, Any],
+        outbox: deque[Delta] | None = None,
     ) -> Request:
-        if isinstance(question, str):
-            tokens = document.encode_ids([question], **kwargs)[0]
-        else:
-            tokens = self._check_ids([int(token) for token in question])
+        tokens = self._tokens(document, question, kwargs)
         longest = document.end + len(tokens) + params.max_new_tokens
         if longest > qwen3.max_positions(self.model):
             raise CapacityError(
@@ -297,9 +306,13 @@ class Engine:
         if params.repetition_penalty != 1.0:
             seen = document.path_token_ids()
         own = params if seed == params.seed else _with_seed(params, seed)
-        request = Request(index, suffix, document, own, TextStream(self.tokenizer, params.stop_strings), seen)
-        self.scheduler.submit(suffix)
+        request = Request(index, suffix, document, own, TextStream(self.tokenizer, params.stop_strings), seen, outbox)
         document.retain()
+        try:
+            self.scheduler.submit(suffix)
+        except KvkernError:
+            document.release()
+            raise
         self._requests[suffix] = request
         if params.max_new_tokens == 0:
             self._end(request, "length")
@@ -313,11 +326,30 @@ class Engine:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One step of all running agents: forwards of the packed rows, one new token for each that has none to compute."""
+        """One step of all running agents: forwards of the packed rows, one new token for each that has none to compute.
+
+        An error leaves every request in the queue, to be extended again by the next step; one that belongs to requests
+        whose document was released under them ends these, and the others go on.
+        """
         step = self.scheduler.next_step()
         self.steps += 1
-        for group in self._groups(step):
-            self._forward(group)
+        plans, self._plans = self._plans, {}
+        try:
+            for group in self._groups(step):
+                agents = tuple(_agent(suffix, rows) for suffix, rows in group)
+                # Only the plans of this step are kept, since a plan keeps the blocks of its prefixes.
+                plan = self._plans[agents] = plans.get(agents) or self._plan(agents)
+                self._forward(group, plan)
+        except BaseException as error:
+            # How far the step came is uncertain, and preemption changes no bit.
+            while self.scheduler.running:
+                self.scheduler.preempt()
+            self._plans.clear()
+            lost = [r for r in self._requests.values() if any(node.released for node in r.prefix.path())]
+            if not (lost and isinstance(error, KvkernError)):
+                raise
+            for request in lost:
+                self._end(request, "error", error)
 
     def _groups(self, step: Step) -> Iterator[Step]:
         """The step in parts that a bucket holds: rows in one of the layers, wanted logits in one of the head."""
@@ -336,9 +368,8 @@ class Engine:
             yield group
 
     @torch.no_grad()
-    def _forward(self, group: Step) -> None:
+    def _forward(self, group: Step, plan: Plan) -> None:
         """Run the model on these rows, then choose tokens for the sequences that are complete."""
-        plan = self._plan(group)
         plan.begin()
         ids, positions = [0] * plan.rows, [0] * plan.rows
         for n, i in enumerate(plan.order):
@@ -364,17 +395,10 @@ class Engine:
         if ready:
             self._choose([self._requests[group[i][0]] for i in ready], logits[: len(ready)])
 
-    def _plan(self, group: Step) -> Plan:
-        agents = tuple(AgentRows(suffix.slot, suffix.node, rows) for suffix, rows in group if suffix.slot is not None)
-        plan = self._plans.get(agents)
-        if plan is None:
-            rows = sum(agent.rows for agent in agents)
-            bucket = self.rounding.layers.rows_for(rows) if self.rounding is not None else rows
-            plan = Plan.make(self.pool, agents, bucket=bucket)
-            # Plans of other sets of agents are not needed again, and keep prefixes alive.
-            self._plans = {key: old for key, old in self._plans.items() if not set(key) & set(agents)}
-            self._plans[agents] = plan
-        return plan
+    def _plan(self, agents: tuple[AgentRows, ...]) -> Plan:
+        rows = sum(agent.rows for agent in agents)
+        bucket = self.rounding.layers.rows_for(rows) if self.rounding is not None else rows
+        return Plan.make(self.pool, agents, bucket=bucket)
 
     def _choose(self, requests: list[Request], logits: Tensor) -> None:
         history = [r.seen if r.seen is None else torch.cat([r.seen, torch.tensor(r.suffix.tokens)]) for r in requests]
@@ -411,7 +435,7 @@ class Engine:
         elif len(request.new_tokens) >= request.params.max_new_tokens:
             self._end(request, "length", text=text)
         elif text:
-            self._deltas.append((request, text))
+            self._send(request, text)
 
     def _end(self, request: Request, reason: str, error: KvkernError | None = None, *, text: str = "") -> None:
         self.scheduler.finish(request.suffix)
@@ -427,58 +451,39 @@ class Engine:
             request.prefix.end,
             error,
         )
-        request.prefix.release()
-        self._deltas.append((request, text))
+        self._plans.clear()
+        _give_back(request.prefix)
+        self._send(request, text)
+
+    def _send(self, request: Request, text: str) -> None:
+        if request.outbox is not None:
+            request.outbox.append(Delta(request.index, text, request.answer))
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def _params(self, generation_config: Any, options: dict[str, Any]) -> SamplingParams:
         defaults = self.model.generation_config
         params = SamplingParams.from_generation_config(generation_config, defaults=defaults, **options)
-        if not params.eos_token_ids and self.tokenizer.eos_token_id is not None and "eos_token_id" not in options:
+        if not params.eos_token_ids and self.tokenizer.eos_token_id is not None and not options.keys() & EOS:
             params = SamplingParams(**{**vars(params), "eos_token_ids": frozenset([self.tokenizer.eos_token_id])})
         return params
 
-    def _check_ids(self, tokens: list[int]) -> list[int]:
-        vocab_size = self.model.config.vocab_size
-        if not tokens:
-            raise RequestError("question", found="no tokens", needed="at least one", do="ask something")
-        for i, token in enumerate(tokens):
-            if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"question token_ids[{i}]",
-                    found=token,
-                    needed=f"0 to {vocab_size - 1}",
-                    do="use this model's tokenizer",
-                )
+    def _tokens(self, document: Document, question: str | Sequence[int], kwargs: dict[str, Any]) -> list[int]:
+        if isinstance(question, str):
+            return document.question_ids(question, kwargs)
+        if not isinstance(question, (Sequence, Tensor)) or not all(map(_is_id, question)):
+            raise RequestError(
+                "question",
+                found=type(question).__name__,
+                needed="a text, or token ids",
+                do="give each question as one text or one list of token ids",
+            )
+        tokens = [int(token) for token in question]
+        check_ids(tokens, self.model.config.vocab_size, "question")
         return tokens
 
-    def _check_prefix(self, prefix: SharedPrefix) -> None:
-        """Refuse a prefix of another model before any of its KV is read."""
-        prefix.block()
-        if prefix.geometry != self.geometry:
-            raise ShapeError(
-                "document.geometry",
-                found=prefix.geometry,
-                needed=f"{self.geometry} as in the model",
-                do="publish the document with this model",
-            )
-        if prefix.device != self.device:
-            raise DeviceError(
-                "document.device",
-                found=prefix.device,
-                needed=f"{self.device} as the model",
-                do="load the document with this model",
-            )
-        weights = weights_digest(self.model)
-        made_with = getattr(prefix.identity, "weights", None)
-        if made_with != weights:
-            raise RequestError(
-                "document.weights",
-                found=f"{str(made_with)[:8]}..",
-                needed=f"{weights[:8]}.. as in the model",
-                do="publish the document with this model",
-            )
+    def _check(self, document: Document) -> None:
+        check_document(document, self.model, tokenizer_digest=self._tokenizer_digest)
 
     def describe(self) -> dict[str, Any]:
         """What the engine has to work with: agents, pages, bytes, backend and rounding class."""
@@ -492,6 +497,23 @@ class Engine:
             "backend_why": self.backend.why,
             "rounding": self.rounding.describe() if self.rounding is not None else "not measured (invariant=False)",
         }
+
+
+def _give_back(prefix: SharedPrefix) -> None:
+    """Release, unless its owner has released more than was his."""
+    if not prefix.released:
+        prefix.release()
+
+
+def _agent(suffix: Suffix, rows: int) -> AgentRows:
+    assert suffix.slot is not None, "a sequence in a step runs"
+    return AgentRows(suffix.slot, suffix.node, rows)
+
+
+def _is_id(token: Any) -> bool:
+    if isinstance(token, Tensor):
+        return token.dim() == 0 and not token.is_floating_point()
+    return isinstance(token, int) and not isinstance(token, bool)
 
 
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:

@@ -11,9 +11,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from kvkern import qwen3
 from kvkern.backends import choose
-from kvkern.errors import CapacityError, DeviceError, RequestError, ShapeError, UnsupportedError
-from kvkern.identity import model_geometry
+from kvkern.errors import CapacityError, RequestError, ShapeError, UnsupportedError
 from kvkern.prefix import SharedPrefix
+from kvkern.publish import check_document, check_ids
 
 LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 """Lengths that count the prompt, which here is only a suffix, and what to say instead."""
@@ -32,8 +32,19 @@ REFUSED = {
     "sequence_bias": None,
     "dola_layers": None,
     "token_healing": False,
+    "use_cache": True,
 }
 """Options of GenerationConfig that a suffix-only prompt cannot serve, with the values under which they mean nothing."""
+
+OWN = (
+    "assistant_model",
+    "custom_generate",
+    "negative_prompt_ids",
+    "past_key_values",
+    "position_ids",
+    "inputs_embeds",
+)
+"""Arguments of generate that are made here, or that a suffix-only prompt cannot serve."""
 
 
 class _OverDocument(LogitsProcessor):
@@ -69,27 +80,14 @@ def generate(
     Processors that look at the prompt (a repetition penalty, those in `logits_processor`) are shown document and suffix.
     Returns what generate returns: suffix and answer, int64 [B, S + new], or a ModelOutput with return_dict_in_generate.
 
-    Raises RequestError for lengths that count the prompt, padding on the right, or no room for an answer; UnsupportedError
-    for beams and other modes that are not served over a prefix; CapacityError past the model's positions; ShapeError or
-    DeviceError for a prefix of another model.
+    Raises RequestError for lengths that count the prompt, padding on the right, or an unknown token id; UnsupportedError
+    for beams and other modes that are not served over a prefix; CapacityError past the model's positions; what
+    `check_document` raises for a prefix of another model.
     """
     device = qwen3.check_model(model)
-    geometry = model_geometry(model)
-    if prefix.geometry != geometry:
-        raise ShapeError(
-            "prefix.geometry",
-            found=prefix.geometry,
-            needed=f"{geometry} as in the model",
-            do="publish the document with this model",
-        )
-    if prefix.device != device:
-        raise DeviceError(
-            "prefix.device",
-            found=prefix.device,
-            needed=f"{device} as the model",
-            do="load the document with this model",
-        )
+    check_document(prefix, model, field="prefix")
     lengths = _lengths(input_ids, attention_mask)
+    check_ids(input_ids.flatten().tolist(), model.config.vocab_size, "input_ids")
     config = _config(model, generation_config, kwargs)
     capacity = input_ids.shape[1] + config.max_new_tokens
     if prefix.end + max(lengths) + config.max_new_tokens > qwen3.max_positions(model):
@@ -108,7 +106,7 @@ def generate(
     copies = config.num_return_sequences or 1
     cache = qwen3.SuffixCache(
         prefix,
-        geometry,
+        prefix.geometry,
         [n for n in lengths for _ in range(copies)],
         capacity=capacity,
         backend=choose(backend, device).name,
@@ -178,11 +176,11 @@ def _config(model: Any, given: GenerationConfig | None, kwargs: dict[str, Any]) 
             raise UnsupportedError(
                 name, found=value, needed=f"{neutral}", do="greedy search and sampling are served over a prefix"
             )
-    for name in ("assistant_model", "custom_generate", "negative_prompt_ids", "past_key_values", "position_ids"):
+    for name in OWN:
         if kwargs.get(name) is not None:
             raise UnsupportedError(name, found="given", needed="None", do="leave it out")
     new = config.max_new_tokens
-    if not isinstance(new, int) or new < 1:
+    if not isinstance(new, int) or isinstance(new, bool) or new < 1:
         raise RequestError(
             "max_new_tokens", found=new, needed="an integer of at least 1", do="say how many tokens an answer may have"
         )

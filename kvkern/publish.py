@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 
 from kvkern import qwen3, store
 from kvkern.backends import choose
-from kvkern.errors import CapacityError, RequestError, TemplateError
+from kvkern.errors import CapacityError, DeviceError, IdentityError, RequestError, ShapeError, TemplateError
 from kvkern.geometry import Geometry
-from kvkern.identity import Identity, match, model_geometry
+from kvkern.identity import Identity, match, model_geometry, short, weights_digest
 from kvkern.prefix import SharedPrefix
 
 CHUNK = 512
@@ -23,6 +24,9 @@ CHUNK = 512
 
 STAND_IN = "document"
 """Content of the system message when a question is rendered: what follows that message does not depend on its content."""
+
+ANY_QUESTION = "Why?"
+"""Rendered where a document is published, to see whether a question can follow it."""
 
 Messages = Sequence[Mapping[str, str]]
 Progress = Callable[[int, int], None]
@@ -55,14 +59,24 @@ class Wording:
             ids: list[int] = self.tokenizer(text)["input_ids"]
             # Some tokenizers close every text; a document goes on.
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
-        ids = self._render([{"role": "system", "content": text}], {})
-        self._after(ids, [{"role": "system", "content": text}, {"role": "user", "content": "Why?"}], {}, question=True)
+        system = [{"role": "system", "content": text}]
+        ids = self._render(system, {})
+        after = self._after(ids, [*system, {"role": "user", "content": ANY_QUESTION}], {}, question=True)
+        if after != self.question_ids(ANY_QUESTION, {}):
+            raise TemplateError(
+                "chat_template",
+                found="a question whose tokens depend on the document before it",
+                needed="the same tokens after every document",
+                do="publish with chat=False, or with another chat_template",
+            )
         return ids
 
-    def turn_ids(self) -> list[int]:
-        """Tokens that the shared turns add after the system message."""
-        base = [{"role": "system", "content": STAND_IN}]
-        return self._after(self._render(base, {}), [*base, *self.turns], {}, question=False)
+    def turn_ids(self, begin: int) -> list[int]:
+        """Tokens that the shared turns from `begin` on add to the conversation before them."""
+        before = [{"role": "system", "content": STAND_IN}, *self.turns[:begin]]
+        ids = self._after(self._render(before, {}), [*before, *self.turns[begin:]], {}, question=False)
+        self.question_ids(ANY_QUESTION, {})  # One must be able to follow.
+        return ids
 
     def question_ids(self, question: str, template_kwargs: Mapping[str, Any]) -> list[int]:
         """Tokens that a question adds, up to where the answer begins."""
@@ -82,9 +96,17 @@ class Wording:
 
     def _render(self, messages: Messages, template_kwargs: Mapping[str, Any], *, question: bool = False) -> list[int]:
         kwargs = {**self.template_kwargs, **template_kwargs}
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=False, add_generation_prompt=question, **kwargs
-        )
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=False, add_generation_prompt=question, **kwargs
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateError(
+                "chat_template",
+                found=f"a template that refuses the conversation: {error}",
+                needed="one that takes a system message, then the user's",
+                do="publish with chat=False, with other messages, or with another chat_template",
+            ) from error
         return ids
 
     def _after(
@@ -109,6 +131,7 @@ class Document(SharedPrefix):
 
     wording: Wording
     max_positions: int
+    vocab_size: int
 
     def encode_ids(self, questions: Sequence[str], **template_kwargs: Any) -> list[list[int]]:
         """Token ids of each question's suffix, unpadded.
@@ -118,6 +141,16 @@ class Document(SharedPrefix):
         Raises RequestError for an empty question, CapacityError for one that leaves no position for an answer,
         TemplateError where the template with these keywords does not continue the document's tokens.
         """
+        return [
+            self.question_ids(question, template_kwargs, field=f"questions[{i}]")
+            for i, question in enumerate(questions)
+        ]
+
+    def question_ids(
+        self, question: str, template_kwargs: Mapping[str, Any] | None = None, *, field: str = "question"
+    ) -> list[int]:
+        """Token ids of one question's suffix; `field` is its name in errors, which are those of `encode_ids`."""
+        self.block()  # A released document is refused.
         if self.wording.tokenizer is None:
             raise RequestError(
                 "tokenizer",
@@ -125,29 +158,18 @@ class Document(SharedPrefix):
                 needed="a tokenizer",
                 do="publish or load the document with one, or pass token ids",
             )
-        suffixes = []
-        for i, question in enumerate(questions):
-            if not isinstance(question, str) or not question.strip():
-                raise RequestError(
-                    f"questions[{i}]", found=repr(question), needed="a text that is not empty", do="leave it out"
-                )
-            ids = self.wording.question_ids(question, template_kwargs)
-            if not ids:
-                raise RequestError(
-                    f"questions[{i}]",
-                    found="no tokens",
-                    needed="at least one",
-                    do="ask something that the tokenizer keeps",
-                )
-            if self.end + len(ids) >= self.max_positions:
-                raise CapacityError(
-                    f"questions[{i}]",
-                    found=f"{len(ids)} tokens after a path of {self.end}",
-                    needed=f"fewer than the model's {self.max_positions} positions together",
-                    do="shorten the question, or use a model with more positions",
-                )
-            suffixes.append(ids)
-        return suffixes
+        if not isinstance(question, str) or not question.strip():
+            raise RequestError(field, found=repr(question), needed="a text that is not empty", do="leave it out")
+        ids = self.wording.question_ids(question, template_kwargs or {})
+        check_ids(ids, self.vocab_size, field)
+        if self.end + len(ids) >= self.max_positions:
+            raise CapacityError(
+                field,
+                found=f"{len(ids)} tokens after a path of {self.end}",
+                needed=f"fewer than the model's {self.max_positions} positions together",
+                do="shorten the question, or use a model with more positions",
+            )
+        return ids
 
     def encode(self, questions: Sequence[str] | str, **template_kwargs: Any) -> dict[str, Tensor]:
         """{input_ids, attention_mask} of the suffixes, int64 [questions, longest], padded on the left, on the document's device.
@@ -160,7 +182,9 @@ class Document(SharedPrefix):
         suffixes = self.encode_ids(asked, **template_kwargs)
         width = max(map(len, suffixes))
         tokenizer = self.wording.tokenizer
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        # A tokenizer may have been given a pad token that its model has no row for.
+        pad = next(i for i in pads if i is not None and i < self.vocab_size)
         input_ids = torch.full((len(suffixes), width), pad, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(suffixes):
@@ -196,13 +220,18 @@ def publish(
 
     Raises RequestError (an empty document, an unknown token id), CapacityError (more tokens than the model has positions),
     TemplateError (a template under which the document is no token prefix of the conversation), UnsupportedError or
-    DeviceError (a model that the kernels cannot serve), each before anything is computed.
+    DeviceError (a model that the kernels cannot serve), ReadOnlyError or IdentityError (a parent that was released, or made
+    with another model), each before anything is computed.
     """
     device = qwen3.check_model(model)
+    if chunk < 1:
+        raise RequestError("chunk", found=chunk, needed="at least 1", do="leave it out")
+    if parent is not None:
+        check_document(parent, model, field="parent")
     wording, ids = _words(tokenizer, text, chat, parent, template_kwargs)
     geometry = model_geometry(model)
     start = parent.end if parent is not None else 0
-    _check_ids(ids, model.config.vocab_size)
+    check_ids(ids, model.config.vocab_size, "document")
     if start + len(ids) >= qwen3.max_positions(model):
         raise CapacityError(
             "document",
@@ -271,12 +300,48 @@ def load(
     return made["document"]
 
 
+def check_document(
+    document: SharedPrefix, model: Any, *, tokenizer_digest: str | None = None, field: str = "document"
+) -> None:
+    """Refuse a prefix that this model, or this tokenizer where one is given, has not made, before any of its KV is read.
+
+    Raises ReadOnlyError for a released one, ShapeError or DeviceError for another geometry or device, IdentityError for
+    other weights or another tokenizer.
+    """
+    document.block()
+    again = "publish the document with this model"
+    geometry, device = model_geometry(model), next(model.parameters()).device
+    if document.geometry != geometry:
+        raise ShapeError(f"{field}.geometry", found=document.geometry, needed=f"{geometry} as in the model", do=again)
+    if document.device != device:
+        raise DeviceError(
+            f"{field}.device",
+            found=document.device,
+            needed=f"{device} as the model",
+            do="load the document with this model",
+        )
+    weights = weights_digest(model)
+    made_with = getattr(document.identity, "weights", None)
+    if made_with != weights:
+        raise IdentityError(
+            f"{field}.weights", found=short(made_with), needed=f"{short(weights)} as in the model", do=again
+        )
+    made_with = getattr(document.identity, "tokenizer", None)
+    if None not in (made_with, tokenizer_digest) and made_with != tokenizer_digest:
+        raise IdentityError(
+            f"{field}.tokenizer",
+            found=short(made_with),
+            needed=f"{short(tokenizer_digest)} as given",
+            do="give the tokenizer that the document was published with",
+        )
+
+
 def _words(
     tokenizer: Any, text: Any, chat: bool | None, parent: Document | None, template_kwargs: Mapping[str, Any]
 ) -> tuple[Wording, list[int]]:
     """The wording of the document, and its own token ids."""
-    given_ids = isinstance(text, Tensor) or (not isinstance(text, str) and all(isinstance(i, int) for i in text))
-    if not given_ids and tokenizer is None:
+    given_ids = _given_ids(text)
+    if given_ids is None and tokenizer is None:
         raise RequestError(
             "tokenizer", found=None, needed="the model's tokenizer", do="pass it, or give the document as token ids"
         )
@@ -287,10 +352,21 @@ def _words(
             needed="at least one token",
             do="give a text that is not empty",
         )
+    if template_kwargs and (parent is not None or given_ids is not None):
+        raise TemplateError(
+            "template_kwargs",
+            found=sorted(template_kwargs),
+            needed="none for token ids, nor below a parent, whose keywords are used again",
+            do="leave them out",
+        )
     if parent is not None:
         return _child_words(tokenizer, text, chat, parent, given_ids)
-    if given_ids:
-        return Wording(tokenizer, chat=False), [int(i) for i in text]
+    if given_ids is not None:
+        if chat:
+            raise TemplateError(
+                "chat", found=True, needed="False for a document given as token ids", do="give the document as text"
+            )
+        return Wording(tokenizer, chat=False), given_ids
     if not isinstance(text, str):
         raise RequestError(
             "document", found="messages", needed="a text or token ids", do="give messages only below a chat parent"
@@ -309,15 +385,45 @@ def _words(
     return wording, wording.document_ids(text)
 
 
+def _given_ids(text: Any) -> list[int] | None:
+    """The token ids, where the document is given as such; None for a text or messages, in whatever state they are."""
+    if isinstance(text, Tensor):
+        if text.dim() != 1 or text.is_floating_point() or text.dtype == torch.bool:
+            raise RequestError(
+                "document",
+                found=f"a tensor {text.dtype} {list(text.shape)}",
+                needed="integers in one dimension",
+                do="give token ids as tokenizer(text)['input_ids'] returns them",
+            )
+        ids: list[int] = text.tolist()
+        return ids
+    if isinstance(text, str):
+        return None
+    if not isinstance(text, Sequence):
+        raise RequestError(
+            "document", found=type(text).__name__, needed="a text, token ids or messages", do="give the document itself"
+        )
+    if all(isinstance(i, int) for i in text):
+        return list(text)
+    if not all(isinstance(turn, Mapping) for turn in text):
+        raise RequestError(
+            "document",
+            found=", ".join(sorted({type(i).__name__ for i in text})),
+            needed="a text, token ids or messages",
+            do="give one of them",
+        )
+    return None
+
+
 def _child_words(
-    tokenizer: Any, text: Any, chat: bool | None, parent: Document, given_ids: bool
+    tokenizer: Any, text: Any, chat: bool | None, parent: Document, given_ids: list[int] | None
 ) -> tuple[Wording, list[int]]:
     above = parent.wording
     if chat is not None and chat != above.chat:
         raise TemplateError("chat", found=chat, needed=f"{above.chat} as in the parent", do="leave it out")
-    if given_ids:
-        wording = Wording(tokenizer, chat=above.chat, template_kwargs=above.template_kwargs, turns=above.turns)
-        return wording, [int(i) for i in text]
+    if given_ids is not None:
+        chat = above.chat and tokenizer is not None
+        return Wording(tokenizer, chat=chat, template_kwargs=above.template_kwargs, turns=above.turns), given_ids
     if not above.chat:
         if not isinstance(text, str):
             raise RequestError(
@@ -332,23 +438,18 @@ def _child_words(
             do="give the turns that follow the document",
         )
     wording = Wording(tokenizer, chat=True, template_kwargs=above.template_kwargs, turns=[*above.turns, *text])
-    done = len(above.turn_ids()) if above.turns else 0
-    return wording, wording.turn_ids()[done:]
+    return wording, wording.turn_ids(len(above.turns))
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+def check_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
+    """Refuse no tokens, and tokens that the model does not know. Raises RequestError."""
     if not ids:
+        raise RequestError(field, found="no tokens", needed="at least one token", do="give a text that is not empty")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        i, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocab_size)
         raise RequestError(
-            "document", found="no tokens", needed="at least one token", do="give a text that is not empty"
+            f"{field} token_ids[{i}]", found=token, needed=f"0 to {vocab_size - 1}", do="use this model's tokenizer"
         )
-    for i, token in enumerate(ids):
-        if not 0 <= token < vocab_size:
-            raise RequestError(
-                f"document token_ids[{i}]",
-                found=token,
-                needed=f"0 to {vocab_size - 1}",
-                do="use this model's tokenizer",
-            )
 
 
 def _document(
@@ -362,14 +463,12 @@ def _document(
 ) -> Document:
     document = Document(geometry, token_ids, device=device, parent=parent)
     document.wording = wording
-    document.max_positions = qwen3.max_positions(model)
+    document.max_positions, document.vocab_size = qwen3.max_positions(model), model.config.vocab_size
     return document
 
 
 @torch.no_grad()
 def _prefill(model: Any, document: Document, chunk: int, progress: Progress | None) -> None:
-    if chunk < 1:
-        raise RequestError("chunk", found=chunk, needed="at least 1", do="leave it out")
     cache = qwen3.PrefillCache(document)
     ids = document.token_ids.to(document.device)[None]
     # Any 4-D mask is handed on as it is, so transformers builds none of its own.

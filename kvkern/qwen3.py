@@ -53,23 +53,30 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; shapes as in `_Carrier`. Returns ([B, S, num_qo_heads, head_dim], None).
 
-    Raises UnsupportedError for a keyword with a meaning that the kernels lack, and for dropout.
+    Raises UnsupportedError for a keyword with a meaning that neither the kernels nor sdpa have, and for dropout over a prefix.
     """
+    for name in LACKING:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"attention.{name}",
+                found=_seen(kwargs[name]),
+                needed="None",
+                do="use a model with plain causal attention",
+            )
     carried: tuple[_Carrier, int] | None = getattr(key, "_kvkern", None)
     if carried is None:
         o, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return o, None
-    for name in LACKING:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(
-                f"attention.{name}", found=kwargs[name], needed="None", do="use a model with plain causal attention"
-            )
     if dropout:
         raise UnsupportedError("attention.dropout", found=dropout, needed="0.0 over a prefix", do="call model.eval()")
     cache, layer = carried
     return cache.attend(layer, query, key, value, scaling), None
+
+
+def _seen(value: object) -> object:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else value
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
