@@ -491,6 +491,7 @@ def _answers(
     tokens = [0] * len(suffixes)
     running = 0
     told, started = _told("ask", 0.2), time.perf_counter()
+    told(0, len(suffixes) * new_tokens)
     for delta in engine.stream(document, suffixes, max_new_tokens=new_tokens, do_sample=False):
         running = max(running, len(engine.scheduler.running))
         # A piece of text is mostly one token; with the last one comes the answer, which knows.
