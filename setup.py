@@ -1,6 +1,7 @@
 """Builds csrc/ into kvkern._C: pybind11, one ninja file, no torch headers. All else is in pyproject.toml."""
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,14 @@ from setuptools.command.build_ext import build_ext
 
 MAC = sys.platform == "darwin"
 CXXFLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wextra -pthread"
+# A product and a sum are one rounding only where the source says so, never where the compiler likes. AVX2 and what comes
+# with it are for the one file that is chosen at run time by what the processor has.
+ROUNDING = "-ffp-contract=off -fno-math-errno"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+FILE_FLAGS = {
+    "isa_portable": ROUNDING,
+    "isa_avx2": f"{ROUNDING} -mavx2 -mfma -mf16c" if X86 else ROUNDING,
+}
 LDFLAGS = "-bundle -undefined dynamic_lookup" if MAC else "-shared -pthread"
 
 NINJA = """\
@@ -21,7 +30,7 @@ cxx = {cxx}
 cxxflags = {cxxflags}
 ldflags = {ldflags}
 rule compile
-  command = $cxx $cxxflags -MMD -MF $out.d -c $in -o $out
+  command = $cxx $cxxflags $fileflags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = c++ $in
@@ -45,7 +54,10 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
 
         objects = [(escape(str(Path(source).resolve())), f"{Path(source).stem}.o") for source in ext.sources]
-        edges = [f"build {out}: compile {source}" for source, out in objects]
+        edges = [
+            f"build {out}: compile {source}\n  fileflags = {FILE_FLAGS.get(Path(out).stem, '')}"
+            for source, out in objects
+        ]
         edges.append("build module.so: link " + " ".join(out for _, out in objects))
         includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
         flags = [CXXFLAGS, *(f"-isystem {shlex.quote(path)}" for path in dict.fromkeys(includes))]

@@ -1,9 +1,10 @@
 // kvkern._C: what Python sees of csrc/. Addresses come as integers (tensor.data_ptr()), so no torch header is needed and
-// one build serves every torch. Shapes and dtypes are checked by kvkern/cpu.py; here is checked what could write or read
-// outside its memory.
+// one build serves every torch. Shapes and dtypes are checked by kvkern/cpu.py and kvkern/native.py; here is checked what
+// could write or read outside its memory.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cerrno>
 #include <exception>
 #include <memory>
@@ -12,6 +13,7 @@
 
 #include "append.h"
 #include "blocksum.h"
+#include "dispatch.h"
 #include "mapping.h"
 
 namespace py = pybind11;
@@ -72,6 +74,101 @@ std::uint64_t bind_block_sum(std::uintptr_t address, std::int64_t size_bytes, st
     return block_sum(data, static_cast<std::size_t>(size_bytes) / 8, start_word);
 }
 
+using Addresses = std::array<std::uintptr_t, 3>;
+
+Queries queries(std::uintptr_t q, int dtype, std::array<std::int64_t, 4> shape, std::array<std::int64_t, 2> strides, float scale) {
+    const auto [rows, num_kv_heads, group, head_dim] = shape;
+    for (const std::int64_t size : shape) not_negative("shape", size);
+    if (dtype < FP32 || dtype > BF16) throw std::invalid_argument("dtype: found " + std::to_string(dtype) + ", needed 0 to 2");
+    if (group < 1 || head_dim % 16 != 0 || head_dim < 16)
+        throw std::invalid_argument("shape: needed a group of at least 1 and a head_dim that is a multiple of 16");
+    return {pointer<const char>(q, "q", rows), strides[0], strides[1], rows, num_kv_heads, group, head_dim, scale,
+            static_cast<Dtype>(dtype)};
+}
+
+States states(const Addresses& parts, std::int64_t slots, std::int64_t rows) {
+    not_negative("num_states", slots);
+    return {pointer<float>(parts[0], "m", slots * rows), pointer<float>(parts[1], "l", slots * rows),
+            pointer<float>(parts[2], "acc", slots * rows), slots};
+}
+
+void bind_prefix_attention(std::uintptr_t q, std::uintptr_t node_table, std::uintptr_t items, const Addresses& state, int dtype,
+                           std::array<std::int64_t, 4> shape, std::array<std::int64_t, 2> q_strides, float scale,
+                           std::int64_t num_nodes, std::int64_t num_items, std::int64_t num_states, std::int64_t layer,
+                           std::int64_t threads, const std::string& instruction_set) {
+    not_negative("num_nodes", num_nodes);
+    not_negative("num_items", num_items);
+    not_negative("layer", layer);
+    const Kernels& isa = kernels(instruction_set);
+    PrefixCall call{};
+    call.q = queries(q, dtype, shape, q_strides, scale);
+    call.nodes = pointer<const Node>(node_table, "node_table", num_nodes);
+    call.num_nodes = num_nodes;
+    call.items = pointer<const Item>(items, "items", num_items);
+    call.num_items = num_items;
+    call.layer = layer;
+    call.out = states(state, num_states, call.q.rows);
+    const py::gil_scoped_release unlocked;
+    prefix_attention(isa, call, threads);
+}
+
+void bind_suffix_attention(std::uintptr_t q, std::uintptr_t k_pages, std::uintptr_t v_pages, std::uintptr_t page_table,
+                           std::uintptr_t seq_lens, std::uintptr_t row_slot, std::uintptr_t row_back,
+                           std::uintptr_t suffix_tiles, std::uintptr_t path_table, const Addresses& state, std::uintptr_t o,
+                           std::uintptr_t lse, int dtype, std::array<std::int64_t, 4> shape,
+                           std::array<std::int64_t, 2> q_strides, std::array<std::int64_t, 3> k_page_strides,
+                           std::array<std::int64_t, 3> v_page_strides, float scale, std::int64_t num_pages,
+                           std::int64_t page_tokens, std::int64_t slots, std::int64_t table_width, std::int64_t table_stride,
+                           std::int64_t num_tiles, std::int64_t num_paths, std::int64_t num_states, std::int64_t segment,
+                           std::int64_t threads, const std::string& instruction_set) {
+    not_negative("num_pages", num_pages);
+    not_negative("slots", slots);
+    not_negative("table_width", table_width);
+    not_negative("num_tiles", num_tiles);
+    not_negative("num_paths", num_paths);
+    if (page_tokens < 1 || segment < 1) throw std::invalid_argument("page_tokens, segment: needed 1 or more");
+    const Kernels& isa = kernels(instruction_set);
+    SuffixCall call{};
+    call.q = queries(q, dtype, shape, q_strides, scale);
+    call.k = {pointer<const char>(k_pages, "k_pages", num_pages), k_page_strides[0], k_page_strides[1], k_page_strides[2]};
+    call.v = {pointer<const char>(v_pages, "v_pages", num_pages), v_page_strides[0], v_page_strides[1], v_page_strides[2]};
+    call.num_pages = num_pages;
+    call.page_tokens = page_tokens;
+    call.page_table = pointer<const std::int32_t>(page_table, "page_table", slots * table_width);
+    call.slots = slots;
+    call.table_width = table_width;
+    call.table_stride = table_stride;
+    call.seq_lens = pointer<const std::int32_t>(seq_lens, "seq_lens", slots);
+    call.row_slot = pointer<const std::int32_t>(row_slot, "row_slot", call.q.rows);
+    call.row_back = pointer<const std::int32_t>(row_back, "row_back", call.q.rows);
+    call.tiles = pointer<const SuffixTile>(suffix_tiles, "suffix_tiles", num_tiles);
+    call.num_tiles = num_tiles;
+    call.path_table = pointer<const std::int32_t>(path_table, "path_table", num_paths * num_states);
+    call.num_paths = num_paths;
+    call.segment = segment;
+    call.in = states(state, num_states, call.q.rows);
+    call.o = pointer<char>(o, "o", call.q.rows);
+    call.lse = pointer<float>(lse, "lse", call.q.rows);
+    const py::gil_scoped_release unlocked;
+    suffix_attention(isa, call, threads);
+}
+
+void bind_fold(const Addresses& a, const Addresses& b, const Addresses& out, std::int64_t rows, std::int64_t head_dim,
+               const std::string& instruction_set) {
+    not_negative("rows", rows);
+    not_negative("head_dim", head_dim);
+    const Kernels& isa = kernels(instruction_set);
+    const States from = states(a, 1, rows), next = states(b, 1, rows), to = states(out, 1, rows);
+    const FoldCall call{rows, head_dim, from.m, from.l, from.acc, next.m, next.l, next.acc, to.m, to.l, to.acc};
+    const py::gil_scoped_release unlocked;
+    isa.fold(call);
+}
+
+void bind_exp2(std::uintptr_t x, std::uintptr_t y, std::int64_t count, const std::string& instruction_set) {
+    not_negative("count", count);
+    kernels(instruction_set).exp2(pointer<const float>(x, "x", count), pointer<float>(y, "y", count), count);
+}
+
 // std::system_error -> OSError(errno, "what failed: errno text").
 void translate(std::exception_ptr error) {
     try {
@@ -84,7 +181,7 @@ void translate(std::exception_ptr error) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "The compiled part of kvkern: protected memory, K0 append, block sums.";
+    m.doc() = "The compiled part of kvkern: protected memory, block sums, and K0, K1 and K2 on the CPU.";
     py::register_local_exception_translator(&translate);
 
     py::class_<Mapping>(m, "Mapping", py::buffer_protocol(),
@@ -112,4 +209,25 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("block_sum", &bind_block_sum, py::arg("address"), py::arg("size_bytes"), py::arg("start_word") = 0,
           "Sum of words times position-dependent odd factors, mod 2**64; start_word is the index of the first word.");
+
+    m.def("prefix_attention", &bind_prefix_attention, py::arg("q"), py::arg("node_table"), py::arg("items"), py::arg("state"),
+          py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("q_strides"), py::arg("scale"), py::arg("num_nodes"),
+          py::arg("num_items"), py::arg("num_states"), py::arg("layer"), py::arg("threads"), py::arg("instruction_set") = "",
+          "K1. shape: rows, num_kv_heads, G, head_dim; dtype 0 fp32, 1 fp16, 2 bf16; scale: sm_scale * log2(e).");
+
+    m.def("suffix_attention", &bind_suffix_attention, py::arg("q"), py::arg("k_pages"), py::arg("v_pages"),
+          py::arg("page_table"), py::arg("seq_lens"), py::arg("row_slot"), py::arg("row_back"), py::arg("suffix_tiles"),
+          py::arg("path_table"), py::arg("state"), py::arg("o"), py::arg("lse"), py::kw_only(), py::arg("dtype"),
+          py::arg("shape"), py::arg("q_strides"), py::arg("k_page_strides"), py::arg("v_page_strides"), py::arg("scale"),
+          py::arg("num_pages"), py::arg("page_tokens"), py::arg("slots"), py::arg("table_width"), py::arg("table_stride"),
+          py::arg("num_tiles"), py::arg("num_paths"), py::arg("num_states"), py::arg("segment"), py::arg("threads"),
+          py::arg("instruction_set") = "", "K2. As prefix_attention; o and lse of rows that no tile holds are left as they are.");
+
+    m.def("fold", &bind_fold, py::arg("a"), py::arg("b"), py::arg("out"), py::kw_only(), py::arg("rows"), py::arg("head_dim"),
+          py::arg("instruction_set") = "", "K3: states of contiguous rows, each (m, l, acc); out may be one of them.");
+
+    m.def("exp2", &bind_exp2, py::arg("x"), py::arg("y"), py::arg("count"), py::kw_only(), py::arg("instruction_set") = "",
+          "The kernels' own exp2, so that it can be judged.");
+
+    m.def("instruction_sets", &instruction_sets, "Instruction sets that run here, the best one, which is the default, first.");
 }

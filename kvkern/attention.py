@@ -132,7 +132,7 @@ def shared_prefix_attention(
     pages    PagePool the plan was made for; its pages of these agents are written, the prefixes are only read
     layer    index into the prefixes and the pages
     sm_scale factor on q.k before the softmax; head_dim ** -0.5 if None
-    backend  "triton" or "torch"; by default the device decides
+    backend  "triton", "cpu" or "torch"; by default the device decides
 
     Returns o, like q; with return_lse also lse [rows, num_qo_heads] fp32, natural logarithm (FlashInfer's is base 2).
     A row's bits depend on its own q, path and suffix, and on nothing else in the batch. Padding rows give 0 and -inf.

@@ -1,4 +1,4 @@
-"""Which arithmetic serves a device: the torch functions of `plain`, or the Triton kernels. One contract for all.
+"""Which arithmetic serves a device: the Triton kernels, csrc on the CPU, or the torch functions of `plain`. One contract for all.
 
 An explicit choice never falls back in silence: what cannot run here is refused with the reason.
 """
@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from kvkern import plain
+from kvkern import native, plain
 from kvkern.errors import BackendError
 
-NAMES = ("triton", "torch")
+NAMES = ("triton", "cpu", "torch")
 
 
 class Backend(NamedTuple):
@@ -31,7 +31,7 @@ class Backend(NamedTuple):
 
 
 def choose(name: str | None, device: torch.device | str) -> Backend:
-    """The backend of this name on this device; by default Triton on CUDA and torch elsewhere.
+    """The backend of this name on this device; by default Triton on CUDA, csrc on the CPU, torch elsewhere.
 
     Raises BackendError for a name that is unknown or cannot run here.
     """
@@ -51,12 +51,21 @@ def _choose(name: str | None, device: str, interpreter: bool) -> Backend:
         )
     has_triton = importlib.util.find_spec("triton") is not None
     if name is None:
-        name = "triton" if device == "cuda" and has_triton else "torch"
-        why = f"the default on {device}" if name == "triton" or device != "cuda" else "triton is not installed"
+        name = {"cuda": "triton" if has_triton else "torch", "cpu": "cpu"}.get(device, "torch")
+        why = "triton is not installed" if device == "cuda" and not has_triton else f"the default on {device}"
     else:
         why = "chosen by name"
     if name == "torch":
         return Backend(name, why, plain.append, plain.prefix_attention, plain.suffix_attention, plain.merge)
+    if name == "cpu":
+        if device != "cpu":
+            raise BackendError(
+                "backend",
+                found=f"cpu on {device}",
+                needed="tensors on the CPU",
+                do=f"use backend='{'triton' if device == 'cuda' and has_triton else 'torch'}' here",
+            )
+        return Backend(name, why, native.append, native.prefix_attention, native.suffix_attention, native.merge)
     if not has_triton:
         raise BackendError(
             "backend",

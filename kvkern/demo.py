@@ -174,7 +174,7 @@ def run(
     new_tokens       an answer has at most, greedy
     compared         agents, spread over the batch, whose answers are compared
     document_tokens  take the first so many tokens of the document; if None 3,774 of the GPL, and all of another document
-    backend          "triton" or "torch"; by default the device decides
+    backend          "triton", "cpu" or "torch"; by default the device decides
     device           "cuda", "cuda:1", "cpu"; a GPU if there is one
     json             print one JSON object instead of text
     out_dir          folder that keeps the .kv file; a temporary one if None

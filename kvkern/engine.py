@@ -96,7 +96,7 @@ class Engine:
     max_extend_tokens  question tokens computed in one step beside the decode rows
     max_queue          questions that may wait; None: any number
     invariant          pad forwards to buckets of the measured rounding class, so that bits do not depend on the batch
-    backend            "triton" or "torch"; by default the device decides
+    backend            "triton", "cpu" or "torch"; by default the device decides
     debug              poison freed pages
 
     Raises UnsupportedError or DeviceError for a model or tokenizer that the kernels cannot serve, CapacityError for a budget
