@@ -187,19 +187,19 @@ def test_questions_are_read_only_as_far_as_needed(model, tokenizer, doc):
     engine = Engine(model, tokenizer, max_agents=3)
     read: list[int] = []
 
-    def forever() -> Iterator[str]:
-        for n in itertools.count():
+    def many() -> Iterator[str]:
+        for n in range(1000):
             read.append(n)
             yield QUESTIONS[n % 8]
 
-    answers = engine.ask(doc, forever(), max_new_tokens=4)
+    answers = engine.ask(doc, many(), max_new_tokens=4)
     assert read == []
     for n, _ in enumerate(itertools.islice(answers, 10), start=1):
         assert len(read) <= n + 6
     answers.close()
     assert_nothing_held(engine)
     read.clear()
-    for answer in itertools.islice(engine.ask(doc, forever(), max_new_tokens=0), 4):
+    for answer in itertools.islice(engine.ask(doc, many(), max_new_tokens=0), 4):
         assert answer.token_ids == () and len(read) <= 8
 
 
@@ -609,7 +609,8 @@ def test_an_error_inside_a_step_loses_no_page_and_the_engine_goes_on(doc, monkey
         return run
 
     target, name = {
-        "forward": (model.model.layers[1].mlp, "forward"),
+        # After it the second layer's keys are not written, and pages are full of NaN.
+        "forward": (model.model.layers[0].mlp, "forward"),
         "choose": (module.TextStream, "push"),
         "plan": (kvkern.Plan, "begin"),
     }[where]
