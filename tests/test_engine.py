@@ -93,14 +93,17 @@ def ask(engine: Engine, doc: kvkern.Document, questions: Any = QUESTIONS, **opti
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("chat", [True, False])
-def test_answers_are_transformers_from_scratch(tokenizer, kind, chat):
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_answers_are_transformers_from_scratch(tokenizer, kind, chat, backend):
     model = tiny_model(kind, num_key_value_heads=1 if chat else 2)
     doc = kvkern.publish(model, tokenizer, TEXT, chat=chat)
     if chat:
         whole = [conversation(tokenizer, TEXT, question) for question in QUESTIONS]
     else:
         whole = [tokenizer(TEXT + question)["input_ids"] for question in QUESTIONS]
-    engine = Engine(model, tokenizer, max_agents=3, max_extend_tokens=16, memory_bytes=1 << 20, debug=True)
+    engine = Engine(
+        model, tokenizer, max_agents=3, max_extend_tokens=16, memory_bytes=1 << 20, backend=backend, debug=True
+    )
     answers = ask(engine, doc, eos_token_id=[])
     reference = twin(model)
     assert tokens(answers) == [scratch_answer(reference, ids, NEW) for ids in whole]

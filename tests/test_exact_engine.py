@@ -62,25 +62,34 @@ class Recorder(Engine):
 
 
 class Case(NamedTuple):
-    """A model with random weights, and a document of random tokens."""
+    """A model with random weights, a document of random tokens, and the backend that they are served by."""
 
     model: Any
     doc: kvkern.Document
+    backend: str
+
+    def engine(self, **options: Any) -> Recorder:
+        return Recorder(self.model, backend=self.backend, **options)
 
     def run(self, questions: dict[int, list[int]], *, new: int = 4, **options: Any) -> dict[int, Tensor]:
-        return Recorder(self.model, **options).run(self.doc, questions, new)
+        return self.engine(**options).run(self.doc, questions, new)
 
 
-def make_case(seed: int | None = None, *, tokens: int = DOCUMENT_TOKENS, **config: Any) -> Case:
+def make_case(backend: str, seed: int | None = None, *, tokens: int = DOCUMENT_TOKENS, **config: Any) -> Case:
     seed = random.randrange(1 << 30) if seed is None else seed
     model = tiny_model(seed=seed, **config)
     ids = torch.randint(VOCAB_SIZE, (tokens,), generator=torch.Generator().manual_seed(seed))
-    return Case(model, kvkern.publish(model, tiny_tokenizer(), ids))
+    return Case(model, kvkern.publish(model, tiny_tokenizer(), ids), backend)
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
-def case(seed: int) -> Iterator[Case]:
-    case = make_case()
+def case(seed: int, backend: str) -> Iterator[Case]:
+    case = make_case(backend)
     yield case
     assert case.doc.references == 1
     case.doc.release()
@@ -108,27 +117,29 @@ LOAD = """
     sys.path.insert(0, sys.argv[1])
     from safetensors.torch import save_file
     from test_exact_engine import *
-    file, out, seed = sys.argv[2:]
+    file, out, seed, backend = sys.argv[2:]
     model = tiny_model(seed=int(seed))
     doc = kvkern.load(file, model, tiny_tokenizer())
     questions = {i: list(range(i, 3 * i + 5)) for i in range(6)}
-    logits = Case(model, doc).run(questions)
+    logits = Case(model, doc, backend).run(questions)
     save_file({"kv": doc.block().clone(), **{str(i): rows for i, rows in logits.items()}}, out)
 """
 
 
-def test_a_file_loaded_in_another_process_gives_the_same_bits(seed, tmp_path):
-    case = make_case(seed)
+def test_a_file_loaded_in_another_process_gives_the_same_bits(seed, backend, tmp_path):
+    case = make_case(backend, seed)
     questions = {i: list(range(i, 3 * i + 5)) for i in range(6)}
     expected = case.run(questions)
     case.doc.save(tmp_path / "a.kv")
     command = [sys.executable, "-c", textwrap.dedent(LOAD), str(TESTS)]
-    subprocess.run([*command, str(tmp_path / "a.kv"), str(tmp_path / "out"), str(seed)], check=True, timeout=200)
+    subprocess.run(
+        [*command, str(tmp_path / "a.kv"), str(tmp_path / "out"), str(seed), backend], check=True, timeout=200
+    )
     found = load_file(tmp_path / "out")
     assert_same_bits(found.pop("kv"), case.doc.block(), "kv")
     assert_same_logits({int(i): rows for i, rows in found.items()}, expected)
     mapped = kvkern.load(tmp_path / "a.kv", case.model, tiny_tokenizer(), mmap=True)
-    assert_same_logits(Case(case.model, mapped).run(questions), expected)
+    assert_same_logits(Case(case.model, mapped, backend).run(questions), expected)
 
 
 def test_control_one_bit_of_the_kv_is_seen(case, monkeypatch):
@@ -145,8 +156,8 @@ def test_control_one_bit_of_the_kv_is_seen(case, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_agent_has_the_same_bits_alone_and_among_64_others(seed, dtype):
-    case, questions = make_case(dtype=dtype), random_questions(65)
+def test_an_agent_has_the_same_bits_alone_and_among_64_others(seed, backend, dtype):
+    case, questions = make_case(backend, dtype=dtype), random_questions(65)
     among = case.run(questions)
     for i in (0, 17, 64):
         assert_same_logits(case.run(only(questions, i)), among)
@@ -154,7 +165,7 @@ def test_an_agent_has_the_same_bits_alone_and_among_64_others(seed, dtype):
 
 def test_agent_257_has_the_same_bits_though_256_run(case):
     questions = random_questions(257, longest=6)
-    engine = Recorder(case.model, max_agents=257, pages=600)
+    engine = case.engine(max_agents=257, pages=600)
     for i in range(256):
         engine.submit(case.doc, questions[i], index=i, max_new_tokens=6, eos_token_id=[])
     while not any(len(rows) == 2 for rows in engine.logits.values()) or engine.scheduler.waiting:
@@ -174,7 +185,7 @@ def test_bits_do_not_depend_on_how_many_tokens_a_step_extends(case, few):
 def test_an_agent_that_is_preempted_and_resumed_has_the_same_bits(case, monkeypatch):
     questions = random_questions(6)
     expected = case.run(questions, new=20)
-    tight = Recorder(case.model, pages=8)
+    tight = case.engine(pages=8)
     preempted = []
     preempt = tight.scheduler.preempt
     monkeypatch.setattr(tight.scheduler, "preempt", lambda: preempted.append(preempt()) or preempted[-1])
@@ -195,7 +206,7 @@ def test_neighbours_that_wait_or_have_finished_change_no_bit(case):
     questions = random_questions(12)
     expected = case.run(only(questions, 5))
     assert_same_logits(case.run(questions, max_agents=3), expected)
-    engine = Recorder(case.model)
+    engine = case.engine()
     short = [engine.submit(case.doc, questions[i], index=i, max_new_tokens=1) for i in range(5)]
     found = engine.run(case.doc, only(questions, 5), new=4)
     assert all(request.answer is not None for request in short)
@@ -210,14 +221,14 @@ def test_agents_of_other_documents_and_levels_change_no_bit(case):
     leaf = kvkern.publish(case.model, None, list(range(9, 99)), parent=child)
     other = kvkern.publish(case.model, None, list(range(200, 230)))
     nodes = [case.doc, leaf, other, child, leaf, case.doc, other, child, case.doc]
-    engine = Recorder(case.model)
+    engine = case.engine()
     for i, node in enumerate(nodes):
         engine.submit(node, questions[i], index=i, max_new_tokens=4, eos_token_id=[])
     while engine.scheduler.unfinished:
         engine.step()
     among = {i: torch.stack(rows) for i, rows in engine.logits.items()}
     for i, node in enumerate(nodes):
-        assert_same_logits(Recorder(case.model).run(node, only(questions, i), new=4), among)
+        assert_same_logits(case.engine().run(node, only(questions, i), new=4), among)
     for node in (leaf, child, other):
         node.release()
 
@@ -233,7 +244,7 @@ def test_agents_in_any_order_have_the_same_bits(case):
 
 def test_pages_and_slots_in_any_order_give_the_same_bits(case):
     questions = random_questions(20)
-    engine = Recorder(case.model)
+    engine = case.engine()
     random.shuffle(engine.pool._free)
     random.shuffle(engine.pool._free_slots)
     assert_same_logits(engine.run(case.doc, questions, new=4), case.run(questions))
@@ -280,7 +291,7 @@ CAUGHT = r"logits\[\d+\]: \d+ of \d+ differ, first at"
 
 def test_rows_are_kept_out_of_buckets_that_round_otherwise(follower):
     questions = random_questions(20)
-    engine = Recorder(follower.model)
+    engine = follower.engine()
     assert 4 in engine.rounding.layers.outside and 4 not in engine.rounding.layers.buckets
     assert_same_logits(engine.run(follower.doc, only(questions, 3), new=4), follower.run(questions))
 
@@ -342,7 +353,7 @@ def test_control_a_mistake_in_the_batch_is_caught(
 ):
     questions = random_questions(20)
     alone = case.run(only(questions, 3))
-    wrong = mistake(backends.choose(None, "cpu"))
+    wrong = mistake(backends.choose(case.backend, "cpu"))
     monkeypatch.setattr(backends, "choose", lambda name, device: wrong)
     if mistake is fold_from_the_right:
         monkeypatch.setattr(module.Plan, "make", with_workers(3))
@@ -369,15 +380,15 @@ def from_scratch(case: Case, questions: Sequence[list[int]], new: int) -> tuple[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_reuse_is_as_exact_as_transformers_from_scratch(seed, kind, dtype):
-    case = make_case(kind=kind, dtype=dtype, tokens=1100)
+def test_reuse_is_as_exact_as_transformers_from_scratch(seed, backend, kind, dtype):
+    case = make_case(backend, kind=kind, dtype=dtype, tokens=1100)
     questions = list(random_questions(3).values())
     assert_exact(*from_scratch(case, questions, new=8), "logits")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_control_a_question_one_position_off_is_not_as_exact(seed, dtype, monkeypatch):
-    case = make_case(dtype=dtype, tokens=1100)
+    case = make_case("cpu", dtype=dtype, tokens=1100)
     questions = list(random_questions(3).values())
     monkeypatch.setattr(kvkern.Document, "end", property(lambda self: self.position + self.tokens - 1))
     with pytest.raises(AssertionError, match=r"logits: (max|mean) error"):
