@@ -19,7 +19,6 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import sys
@@ -28,17 +27,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from kvkern.errors import CapacityError, DeviceError, KvkernError, RequestError, StoreError, UnsupportedError
+from kvkern import console, opening
+from kvkern.answers import AnswerWriter
+from kvkern.errors import CapacityError, IdentityError, KvkernError, RequestError, StoreError
 
 if TYPE_CHECKING:
     import torch
 
-    from kvkern.engine import Answer, Engine
     from kvkern.geometry import Geometry
     from kvkern.store import Header
 
@@ -51,7 +50,6 @@ app = typer.Typer(
 
 INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell has it
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 P = ParamSpec("P")
 
 # Options that several commands share.
@@ -60,11 +58,12 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", help="Folder or name of the model; by default the one that made FILE.")
 ]
 DtypeOption = Annotated[
-    Dtype | None,
+    opening.Dtype | None,
     typer.Option("--dtype", help="Of the weights; auto: the checkpoint's. By default float32 on a CPU, auto on a GPU."),
 ]
 FileDtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Of the weights; auto: the checkpoint's. By default that of FILE.")
+    opening.Dtype | None,
+    typer.Option("--dtype", help="Of the weights; auto: the checkpoint's. By default that of FILE."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:N; by default a GPU where there is one.")
@@ -97,13 +96,13 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
             try:
                 run(*args, **kwargs)
             except KvkernError as error:
-                _note(_render_error(error))
+                console.note(console.error_text(error))
                 if kwargs["as_json"]:
                     with contextlib.suppress(StoreError):  # stdout itself is what fails
-                        _say(json.dumps({"error": _error_fields(error)}))
+                        console.say(json.dumps({"error": console.error_fields(error)}))
                 raise typer.Exit(1) from None
             except KeyboardInterrupt:
-                _note("interrupted")
+                console.note("interrupted")
                 raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise typer.Exit(_reader_gone()) from None
@@ -148,42 +147,42 @@ def publish(
 ) -> None:
     """Read DOCUMENT once with MODEL, and write its KV as a .kv file."""
     template_kwargs = _template_kwargs(template_kwarg or [])
-    text = _read_document(document)
+    text = opening.read_document(document)
     _check_output(output)
 
     from kvkern import store
     from kvkern.publish import CHUNK
     from kvkern.publish import publish as prefill
 
-    with _opened(model, dtype, _device(device)) as (live, tokenizer):
-        times = [time.perf_counter()]
-        with _progress("prefill", "tokens") as progress:
+    live, tokenizer = _open(model, dtype, opening.device_of(device))
+    times = [time.perf_counter()]
+    with console.bar("prefill", "tokens") as progress:
 
-            def done(tokens: int, total: int) -> None:
-                progress(tokens, total)
-                if tokens == total:
-                    times.append(time.perf_counter())
+        def done(tokens: int, total: int) -> None:
+            progress(tokens, total)
+            if tokens == total:
+                times.append(time.perf_counter())
 
-            made = prefill(
-                live,
-                tokenizer,
-                text,
-                chat=False if plain else None,
-                chunk=CHUNK if chunk is None else chunk,
-                progress=done,
-                **template_kwargs,
-            )
-        times.append(time.perf_counter())
-        with made as kv, _progress("save", "bytes") as progress:
-            kv.save(output, progress=progress)
-        times.append(time.perf_counter())
+        made = prefill(
+            live,
+            tokenizer,
+            text,
+            chat=False if plain else None,
+            chunk=CHUNK if chunk is None else chunk,
+            progress=done,
+            **template_kwargs,
+        )
+    times.append(time.perf_counter())
+    with made as kv, console.bar("save", "bytes") as progress:
+        kv.save(output, progress=progress)
+    times.append(time.perf_counter())
     header = store.inspect(output)
     read, hashed, saved = (end - begin for begin, end in pairwise(times))
     seconds = {"prefill_seconds": read, "hash_seconds": hashed, "save_seconds": saved}
     result = {**_header_fields(header), **{name: round(value, 3) for name, value in seconds.items()}}
     speed = f"{read:.1f} s ({header.tokens / read:,.0f} tokens/s)"
     took = ("took", f"prefill {speed}  weights hashed {hashed:.1f} s  saved {saved:.1f} s")
-    _result(result, [*_header_lines(header), took], as_json)
+    console.result(result, [*_header_lines(header), took], as_json=as_json)
 
 
 @app.command()
@@ -193,7 +192,7 @@ def inspect(file: Annotated[Path, typer.Argument(metavar="FILE", help="A .kv fil
     from kvkern import store
 
     header = store.inspect(file)
-    _result(_header_fields(header), _header_lines(header), as_json)
+    console.result(_header_fields(header), _header_lines(header), as_json=as_json)
 
 
 @app.command()
@@ -208,27 +207,28 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every digest of a .kv file; with --model, also that this model would have made it."""
-    from kvkern import store
+    from kvkern import identity, store
+    from kvkern.cost import render_bytes
 
+    if model is not None:
+        _check_root(store.inspect(file))
     started = time.perf_counter()
-    with _progress("verify", "bytes") as progress:
+    with console.bar("verify", "bytes") as progress:
         header = store.verify(file, progress=progress)
     seconds = time.perf_counter() - started
     compared = "digests only, no model compared"
     if model is not None:
-        from kvkern import identity
-
         # Weights are the same on every device, and this needs no room beside a running engine.
-        with _opened(model, dtype or _file_dtype(header), _device(device or "cpu")) as (live, tokenizer):
-            given = tokenizer if header.identity.tokenizer is not None else None
-            identity.match(header.identity, live, given, where=file.name)
+        live, tokenizer = _open(model, dtype or opening.dtype_of(header), opening.device_of(device or "cpu"))
+        given = tokenizer if header.identity.tokenizer is not None else None
+        identity.match(header.identity, live, given, where=file.name)
         compared = f"the identity is that of {model}"
-    blocks = f"{len(header.kv)} blocks, {_bytes(header.size_bytes)} in {seconds:.1f} s"
+    blocks = f"{len(header.kv)} blocks, {render_bytes(header.size_bytes)} in {seconds:.1f} s"
     result = {
         **_header_fields(header),
         "verified": {"blocks": len(header.kv), "seconds": round(seconds, 3), "model": model},
     }
-    _result(result, [*_header_lines(header), ("verified", f"{blocks}  {compared}")], as_json)
+    console.result(result, [*_header_lines(header), ("verified", f"{blocks}  {compared}")], as_json=as_json)
 
 
 @app.command()
@@ -266,7 +266,8 @@ def ask(
 ) -> None:
     """Ask questions about the document of a .kv file, all at once; each answer is printed as it ends.
 
-    A question that is refused is reported, and the others go on; the exit code is then 1.
+    A blank line among those of a file is refused at once. A question that is refused later is reported, and the others go on;
+    the exit code is then 1.
     Ctrl-C keeps the answers that have ended; the exit code is then 130.
     """
     asked = _questions(question or [], questions)
@@ -289,24 +290,26 @@ def ask(
     if agents < 1:
         raise RequestError("agents", found=agents, needed="at least 1", do="give more --agents")
     header = store.inspect(file)
+    _check_root(header)
     memory_bytes = _check_room(header.identity.geometry, memory, max_new_tokens)
-    place = _device(device)
+    place = opening.device_of(device)
     choose(backend, place)
-    name = model if model is not None else _model_of(header)
+    name = model if model is not None else opening.model_of(header)
 
-    with _opened(name, dtype or _file_dtype(header), place) as (live, tokenizer):
-        from kvkern.engine import Engine
-        from kvkern.publish import load
+    live, tokenizer = _open(name, dtype or opening.dtype_of(header), place)
+    from kvkern.engine import Engine
+    from kvkern.publish import load
 
-        with _progress("load", "bytes") as progress:
-            document = load(file, live, tokenizer, progress=progress)
-        with document:
-            with _room_for(memory, place), _status("measuring the rounding class"):
-                engine = Engine(live, tokenizer, max_agents=agents, memory_bytes=memory_bytes, backend=backend)
-            answers = engine.ask(document, asked, seed=seed, **options)
-            with _AnswerWriter(asked, output, ordered=ordered, as_json=as_json) as writer:
-                writer.write_all(answers)
-            writer.report(engine)
+    with console.bar("load", "bytes") as progress:
+        document = load(file, live, tokenizer, progress=progress)
+    with document:
+        do = "give less --memory, or free some"
+        with opening.room_for(f"{memory} of suffixes", place, do), console.bar("rounding class"):
+            engine = Engine(live, tokenizer, max_agents=agents, memory_bytes=memory_bytes, backend=backend)
+        answers = engine.ask(document, asked, seed=seed, **options)
+        with AnswerWriter(asked, output, ordered=ordered, as_json=as_json) as writer:
+            writer.write_all(answers)
+        writer.report(engine)
     if writer.interrupted:
         raise typer.Exit(INTERRUPTED)
     if writer.refused:
@@ -322,13 +325,16 @@ def fit(
     document_tokens: Annotated[int, typer.Option(help="Tokens of the document.")],
     suffix_tokens: Annotated[int, typer.Option(help="Tokens of one agent: question and answer.")],
     memory: Annotated[str, typer.Option(help="For weights, document and agents: 80GiB, 512M.")],
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of weights and KV; auto: the checkpoint's.")] = "auto",
+    dtype: Annotated[
+        opening.Dtype, typer.Option("--dtype", help="Of weights and KV; auto: the checkpoint's.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Say how many agents fit into a memory budget, with the arithmetic."""
     from kvkern import cost
+    from kvkern.cost import render_bytes
 
-    geometry, weights_bytes, weights_from = _plan_model(model, dtype)
+    geometry, weights_bytes, weights_from = opening.weigh_model(model, dtype)
     n = cost.fit(
         geometry,
         document_tokens=document_tokens,
@@ -339,19 +345,25 @@ def fit(
     kind = str(geometry.dtype).removeprefix("torch.")
     padded, paged = n.prefix_bytes // n.token_bytes, n.suffix_bytes // n.token_bytes
     left = n.memory_bytes - n.weights_bytes - n.prefix_bytes
-    token = f"{_bytes(n.token_bytes)} a token"
+    token = f"{render_bytes(n.token_bytes)} a token"
     result = {"model": model, "dtype": kind, "weights_from": weights_from, **asdict(n)}
     lines = [
-        ("memory", f"{_bytes(n.memory_bytes)}"),
-        ("weights", f"{_bytes(n.weights_bytes)} in {kind}, by {weights_from}"),
-        ("document", f"{_bytes(n.prefix_bytes)} = {n.document_tokens:,} tokens, padded to {padded:,}, of {token}"),
-        ("left", f"{_bytes(left)} = memory - weights - document"),
-        ("one agent", f"{_bytes(n.suffix_bytes)} = {n.suffix_tokens:,} tokens, {paged:,} in whole pages, of {token}"),
+        ("memory", f"{render_bytes(n.memory_bytes)}"),
+        ("weights", f"{render_bytes(n.weights_bytes)} in {kind}, by {weights_from}"),
+        (
+            "document",
+            f"{render_bytes(n.prefix_bytes)} = {n.document_tokens:,} tokens, padded to {padded:,}, of {token}",
+        ),
+        ("left", f"{render_bytes(left)} = memory - weights - document"),
+        (
+            "one agent",
+            f"{render_bytes(n.suffix_bytes)} = {n.suffix_tokens:,} tokens, {paged:,} in whole pages, of {token}",
+        ),
         ("agents", f"{n.agents:,} = left / one agent"),
         ("unshared", f"{n.agents_expanded:,} agents, if each had its own copy of the document's KV"),
         ("not counted", "activations: leave room for them in the budget"),
     ]
-    _result(result, lines, as_json)
+    console.result(result, lines, as_json=as_json)
 
 
 @app.command()
@@ -405,7 +417,7 @@ def env(
 
     from kvkern.backends import choose
 
-    place = _device(device)
+    place = opening.device_of(device)
     chosen = choose(backend, place)
     result: dict[str, Any] = {
         "backend": {"name": chosen.name, "why": chosen.why},
@@ -427,88 +439,15 @@ def env(
     if model is not None:
         from kvkern.linear import measure
 
-        with _opened(model, dtype, place) as (live, _), _status("measuring the rounding class"):
+        live, _ = _open(model, dtype, place)
+        with console.bar("rounding class"):
             rounding = measure(live).describe()
         result["model"], result["rounding"] = model, rounding
         lines += [("model", f"{model}  {rounding['dtype']}"), *_rounding_lines(rounding)]
-    _result(result, lines, as_json)
+    console.result(result, lines, as_json=as_json)
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
-
-Lines = Sequence[tuple[str, str]]
-
-
-def _result(result: Mapping[str, Any], lines: Lines, as_json: bool) -> None:
-    """A result on stdout: the object, or the same in aligned lines."""
-    if as_json:
-        _say(json.dumps(result))
-    else:
-        width = max(len(name) for name, _ in lines)
-        _say("\n".join(f"{name:<{width}}  {text}" for name, text in lines))
-
-
-def _say(text: str) -> None:
-    """Whole lines on stdout, at once."""
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise StoreError("stdout", found=error.strerror, needed="a place to write to", do="free some space") from None
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def _render_error(error: KvkernError) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _error_fields(error: KvkernError) -> dict[str, str]:
-    kind = type(error).__name__
-    return {"type": kind, "field": error.field, "found": error.found, "needed": error.needed, "do": error.do}
-
-
-def _bytes(n: float) -> str:
-    from kvkern.cost import render_bytes
-
-    return render_bytes(n)
-
-
-def _progress(label: str, unit: Literal["tokens", "bytes", "answers"]) -> contextlib.AbstractContextManager[Any]:
-    """A bar on stderr, driven by calls with (done, in all); nothing where stderr is no terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    silent = contextlib.nullcontext(lambda done, total, note="": None)
-    return _bar(label, unit, console) if console.is_terminal else silent
-
-
-@contextlib.contextmanager
-def _bar(label: str, unit: str, console: Any) -> Iterator[Callable[..., None]]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    text = TextColumn("{task.fields[count]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(label, total=None, count="")
-
-        def update(done: int, total: int, note: str = "") -> None:
-            count = f"{_bytes(done)} of {_bytes(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
-            progress.update(task, completed=done, total=total, count=f"{count}  {note}" if note else count)
-
-        yield update
-
-
-def _status(text: str) -> contextlib.AbstractContextManager[Any]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    return console.status(text) if console.is_terminal else contextlib.nullcontext()
 
 
 def _header_fields(header: Header) -> dict[str, Any]:
@@ -527,7 +466,8 @@ def _header_fields(header: Header) -> dict[str, Any]:
     }
 
 
-def _header_lines(header: Header) -> Lines:
+def _header_lines(header: Header) -> console.Lines:
+    from kvkern.cost import render_bytes
     from kvkern.geometry import segment_tokens
     from kvkern.identity import short
 
@@ -543,7 +483,7 @@ def _header_lines(header: Header) -> Lines:
     length = f" of {segment_tokens(header.tokens):,} tokens"
     cut = f"{header.segments} segments{length}" if header.segments > 1 else "1 segment"
     return [
-        (header.path.name, f"{header.tokens:,} tokens  {shape}  {_bytes(header.size_bytes)}"),
+        (header.path.name, f"{header.tokens:,} tokens  {shape}  {render_bytes(header.size_bytes)}"),
         ("model", f"{by.get('model', '?')}  weights {short(identity.weights)}  made by kvkern {by.get('kvkern', '?')}"),
         ("tokens", f"{short(identity.token_ids)}  from position {identity.position:,}{above}"),
         ("words", f"tokenizer {short(identity.tokenizer)}  {wording}"),
@@ -565,7 +505,9 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _devices_for_eyes(devices: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    units = {"cores": lambda n: f"({n} cores)", "memory_bytes": _bytes}
+    from kvkern.cost import render_bytes
+
+    units: dict[str, Callable[[Any], str]] = {"cores": lambda n: f"({n} cores)", "memory_bytes": render_bytes}
     for device in devices:
         yield {name: units[name](value) if name in units else value for name, value in device.items()}
 
@@ -591,139 +533,7 @@ def _rounding_lines(rounding: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "measured", f"on {where}, in {rounding['seconds']:.1f} s, of {', '.join(rounding['modules'])}"
 
 
-class _AnswerWriter:
-    """Answers as they end: to stdout, or to a file of JSON lines; with what there is to say of all of them.
-
-    A line is one write, so that Ctrl-C leaves none in part.
-    """
-
-    def __init__(self, questions: Sequence[str], output: Path | None, *, ordered: bool, as_json: bool) -> None:
-        self.questions, self.output, self.ordered, self.as_json = questions, output, ordered, as_json
-        self.answers = self.refused = self.new_tokens = 0
-        self.interrupted = False
-        self.seconds = 0.0
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> _AnswerWriter:
-        if self.output is not None:
-            try:
-                self._file = self.output.open("w", encoding="utf-8", buffering=1)
-            except OSError as error:
-                raise _cannot_write(self.output, error) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write_all(self, answers: Iterator[Answer]) -> None:
-        """Until the last one has ended, or Ctrl-C; then those that have ended are still written."""
-        started = time.perf_counter()
-        held: dict[int, Answer] = {}
-        following = 0
-        try:
-            with _progress("ask", "answers") as progress:
-                for answer in answers:
-                    held[answer.index] = answer
-                    while held and (not self.ordered or following in held):
-                        self._write(held.pop(following if self.ordered else answer.index))
-                        following += 1
-                    self.seconds = time.perf_counter() - started
-                    speed = f"{self.new_tokens / self.seconds:,.1f} tokens/s"
-                    progress(self.answers + self.refused, len(self.questions), speed)
-        except KeyboardInterrupt:
-            self.interrupted = True
-            for index in sorted(held):
-                self._write(held[index])
-        self.seconds = time.perf_counter() - started
-
-    def _write(self, answer: Answer) -> None:
-        if answer.error is None:
-            self.answers += 1
-            self.new_tokens += len(answer.token_ids)
-        else:
-            self.refused += 1
-            _note(f"question {answer.index} is refused: {_render_error(answer.error)}")
-        if self._file is not None:
-            assert self.output is not None
-            try:
-                self._file.write(json.dumps(self._fields(answer)) + "\n")
-            except OSError as error:
-                raise _cannot_write(self.output, error) from None
-        elif self.as_json:
-            _say(json.dumps(self._fields(answer)))
-        elif answer.error is None:
-            _say(self._lines(answer))
-
-    def _fields(self, answer: Answer) -> dict[str, Any]:
-        error = None if answer.error is None else _error_fields(answer.error)
-        return {"index": answer.index, "question": self.questions[answer.index], **vars(answer), "error": error}
-
-    def _lines(self, answer: Answer) -> str:
-        text = answer.text.strip().replace("\n", "\n    ")
-        ended = f"{len(answer.token_ids):,} new tokens ({answer.finish_reason})"
-        reused = f"{answer.prompt_tokens:,} question tokens after {answer.cached_tokens:,} cached"
-        return f"[{answer.index}] {self.questions[answer.index].strip()}\n    {text}\n    {ended}  {reused}\n"
-
-    def report(self, engine: Engine) -> None:
-        """How many, how long: on stdout if the answers went to a file, else on stderr."""
-        speed = self.new_tokens / self.seconds if self.seconds else 0.0
-        known = engine.describe()
-        result = {
-            "file": None if self.output is None else str(self.output),
-            "questions": len(self.questions),
-            "answers": self.answers,
-            "refused": self.refused,
-            "interrupted": self.interrupted,
-            "new_tokens": self.new_tokens,
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(speed, 3),
-            "backend": known["backend"],
-            "max_agents": known["max_agents"],
-            "suffix_tokens": known["suffix_tokens"],
-            "memory_bytes": known["memory_bytes"],
-        }
-        counts = f"{self.answers:,} of {len(self.questions):,} answered" + (
-            f", {self.refused:,} refused" if self.refused else ""
-        )
-        room = f"at most {known['max_agents']:,} agents and {known['suffix_tokens']:,} suffix tokens at once"
-        lines = [
-            (self.output.name if self.output is not None else "answers", counts + ", interrupted" * self.interrupted),
-            ("speed", f"{self.new_tokens:,} new tokens in {self.seconds:.1f} s, {speed:,.1f} tokens/s"),
-            ("engine", f"backend {known['backend']}, {room} ({_bytes(known['memory_bytes'])})"),
-        ]
-        if self.output is not None:
-            _result(result, lines, self.as_json)
-        else:
-            _note("\n".join(f"{name:<7}  {text}" for name, text in lines))
-
-
-# -- what is read ------------------------------------------------------------------------------------------------------
-
-
-def _read_text(field: str, source: str) -> str:
-    """A text file, or standard input for "-", as UTF-8, its line ends untouched."""
-    name = "standard input" if source == "-" else source
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise RequestError(
-            field, found=f"{name}: {why}", needed="a text file that can be read", do="name such a file"
-        ) from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{data[error.start]:02x} at offset {error.start:,} of {name}"
-        raise RequestError(field, found=found, needed="text in UTF-8", do="convert the file to UTF-8") from None
-
-
-def _read_document(source: str) -> str:
-    text = _read_text("document", source)
-    if not text.strip():
-        found = f"{source}: {len(text)} characters, all blank" if text else f"{source}: an empty file"
-        raise RequestError("document", found=found, needed="a text", do="give a file that is not empty")
-    return text
+# -- what is given -----------------------------------------------------------------------------------------------------
 
 
 def _questions(given: Sequence[str], source: str | None) -> list[str]:
@@ -734,27 +544,7 @@ def _questions(given: Sequence[str], source: str | None) -> list[str]:
         if not given:
             raise typer.BadParameter("give at least one question, or --questions FILE.jsonl", param_hint="QUESTION")
         return list(given)
-    lines = _read_text("questions", source).rstrip().split("\n")
-    if lines == [""]:
-        raise RequestError("questions", found=f"{source}: no line", needed="at least one", do="write a question a line")
-    return [_question(source, number, line.strip()) for number, line in enumerate(lines, start=1)]
-
-
-def _question(source: str, number: int, line: str) -> str:
-    """A line that begins like JSON is JSON; every other is a question as it stands, an empty one too, for the engine to refuse."""
-    if line[:1] not in ("{", '"'):
-        return line
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    question = value.get("question") if isinstance(value, dict) else value
-    if not isinstance(question, str):
-        found = f"an object with {sorted(value)}" if isinstance(value, dict) else "no JSON"
-        needed = '{"question": "..."}, a text in quotes, or a plain line'
-        field = f"questions, line {number}"
-        raise RequestError(field, found=f"{found} in {source}", needed=needed, do="write one question a line")
-    return question
+    return opening.read_questions(source)
 
 
 def _template_kwargs(given: Sequence[str]) -> dict[str, Any]:
@@ -792,154 +582,28 @@ def _check_output(path: Path) -> None:
         raise StoreError("output", found=f"{path}, not writable", needed="a file to write", do="name another file")
 
 
-def _cannot_write(path: Path, error: OSError) -> StoreError:
-    found = f"{path}: {error.strerror}"
-    return StoreError("output", found=found, needed="a file to write", do="free some space, or name another file")
+def _check_root(header: Header) -> None:
+    """A file that continues another needs that one's KV before its own, and there is no command that takes two."""
+    from kvkern.identity import short
 
-
-# -- models and devices ------------------------------------------------------------------------------------------------
-
-
-class _Source(NamedTuple):
-    """What transformers is asked for: a folder, which is read without a look at the network, or a name."""
-
-    name: str
-    local: bool
-
-
-def _source(name: str) -> _Source:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _Source(str(path.resolve()), True)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        found = f"{name}, a file" if path.exists() else f"no folder {name}"
-        raise _no_model(found)
-    return _Source(name, False)
-
-
-def _no_model(found: str, do: str = "name such a folder, or a model that can be downloaded") -> RequestError:
-    needed = "a folder with config.json, tokenizer and safetensors, or a name such as Qwen/Qwen3-4B"
-    return RequestError("model", found=found, needed=needed, do=do)
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """What transformers says of a model that it cannot read becomes one error."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except KvkernError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = lines[0] if lines else type(error).__name__
-        raise _no_model(f"{name}: {why if len(why) <= 200 else why[:197] + '...'}") from None
-
-
-@contextlib.contextmanager
-def _opened(name: str, dtype: Dtype | None, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """(model, tokenizer) ready for kvkern, every weight from safetensors, no code of the model's own run."""
-    source = _source(name)
-    with _status(f"loading {name}"):
-        import torch
-        import transformers
-
-        from kvkern import qwen3
-
-        _quiet()
-        if dtype is None:
-            dtype = "float32" if device.type == "cpu" else "auto"
-        options = {"local_files_only": source.local, "trust_remote_code": False}
-        with _reading(name):
-            # First, so that a name that nobody knows is asked for once.
-            config = transformers.AutoConfig.from_pretrained(source.name, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source.name, **options)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source.name,
-                config=config,
-                attn_implementation=qwen3.NAME,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
-        if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise _no_model(f"{name}: no tokenizer in it", "put the model's tokenizer.json there")
-        for problem in ("missing", "mismatched"):
-            # transformers would draw these weights at random, and say so in a warning.
-            wrong = info[f"{problem}_keys"]
-            if wrong:
-                first = min(key if isinstance(key, str) else key[0] for key in wrong)
-                found = f"{name}: {len(wrong)} {problem} weights, among them {first}"
-                raise _no_model(found, "copy the model again: config and weights are not of one model")
-        with _room_for("the weights", device):
-            model = model.to(device).eval()
-        qwen3.check_model(model)
-    yield model, tokenizer
-
-
-def _quiet() -> None:
-    """No bars and remarks of the libraries between ours: what matters of them becomes an error."""
-    import huggingface_hub
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
-
-
-@contextlib.contextmanager
-def _room_for(what: str, device: torch.device) -> Iterator[None]:
-    """A device that is full is no bug."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise CapacityError(
-            "memory",
-            found=f"no room for {what} on {device}",
-            needed="free memory",
-            do="give less --memory, or free some",
-        ) from None
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    wanted = (there[1] if len(there) > 1 else "cpu") if name is None else "cuda:0" if name == "cuda" else name
-    if wanted not in there:
-        raise DeviceError(
-            "device", found=name, needed=f"one of {', '.join(there)}", do="leave it out, or name one of these"
+    if header.identity.ancestors is not None:
+        raise IdentityError(
+            "ancestors",
+            found=f"{short(header.identity.ancestors)} in {header.path.name}, which continues another document",
+            needed="none: the command line serves documents without a parent",
+            do="load both in Python: kvkern.load(FILE, model, tokenizer, parent=kvkern.load(PARENT, model, tokenizer))",
         )
-    return torch.device(wanted)
 
 
-def _model_of(header: Header) -> str:
-    """The model that made a file, by its provenance."""
-    name = header.provenance.get("model")
-    if not isinstance(name, str) or not name:
-        raise _no_model(f"none in the provenance of {header.path.name}", "name it by --model")
-    try:
-        _source(name)
-    except RequestError as error:
-        raise _no_model(f"{error.found}, which {header.path.name} names", "name it by --model") from None
-    return name
-
-
-def _file_dtype(header: Header) -> Dtype:
-    dtype: Any = str(header.identity.geometry.dtype).removeprefix("torch.")
-    return dtype
+def _open(name: str, dtype: opening.Dtype | None, device: torch.device) -> tuple[Any, Any]:
+    """(model, tokenizer), with a bar meanwhile."""
+    with console.bar("load the model"):
+        return opening.open_model(name, dtype, device)
 
 
 def _check_room(geometry: Geometry, memory: str, max_new_tokens: int) -> int:
     """The budget in bytes; an error if no question at all would find room, instead of one for each."""
-    from kvkern.cost import parse_bytes
+    from kvkern.cost import parse_bytes, render_bytes
     from kvkern.geometry import PAGE
 
     memory_bytes = parse_bytes(memory)
@@ -949,57 +613,10 @@ def _check_room(geometry: Geometry, memory: str, max_new_tokens: int) -> int:
         raise CapacityError(
             "memory",
             found=memory,
-            needed=f"at least {_bytes(needed)} for one agent of {max_new_tokens:,} new tokens",
+            needed=f"at least {render_bytes(needed)} for one agent of {max_new_tokens:,} new tokens",
             do="give more --memory, or fewer --max-new-tokens",
         )
     return memory_bytes
-
-
-def _plan_model(name: str, dtype: Dtype) -> tuple[Geometry, int, str]:
-    """(geometry, bytes of the weights, what these are known by), without loading any."""
-    source = _source(name)
-    import torch
-    import transformers
-
-    from kvkern.identity import model_geometry
-
-    _quiet()
-    options = {"local_files_only": source.local, "trust_remote_code": False}
-    with _reading(name):
-        config = transformers.AutoConfig.from_pretrained(source.name, **options)
-    kind = getattr(config, "dtype", None) or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    try:
-        geometry = model_geometry(SimpleNamespace(config=config, dtype=kind, named_parameters=lambda: ()))
-    except AttributeError as error:
-        raise UnsupportedError(
-            "model.config",
-            found=f"{config.model_type} without {error.name}",
-            needed="a decoder with attention in every layer",
-            do="use a causal language model",
-        ) from None
-    elements = _stored_elements(Path(source.name)) if source.local else None
-    if elements is not None:
-        return geometry, elements * kind.itemsize, "its safetensors headers"
-    with _reading(name), torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    elements = sum(parameter.numel() for parameter in model.parameters())
-    return geometry, elements * kind.itemsize, "its config"
-
-
-def _stored_elements(folder: Path) -> int | None:
-    """Elements of all weights in a folder, by the headers of its safetensors files; None where it has none."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    total = 0
-    with _reading(str(folder)):
-        names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-        for file in sorted({folder / name for name in names}):
-            if not file.is_file():
-                return None
-            with safe_open(file, framework="pt") as opened:
-                total += sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
-    return total
 
 
 if __name__ == "__main__":

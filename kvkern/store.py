@@ -63,6 +63,9 @@ THREADS = 4
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+OPENING = b'{"__metadata__":{"kvkern":'
+"""The header's first bytes: canonical JSON begins so. Another file is no damaged .kv file, and copying it again helps nobody."""
+
 AGAIN = "copy the file again from where it came, or publish the document again"
 
 Progress = Callable[[int, int], None]
@@ -494,8 +497,12 @@ def _read_token_ids(fd: int, name: str, header: Header) -> Tensor:
 def _read_header(fd: int, name: str, path: Path) -> Header:
     size = os.fstat(fd).st_size
     if size < 8:
-        raise _damaged("size", f"{size} bytes in {name}", "a .kv file")
-    length = int.from_bytes(_read(fd, name, "header", 0, 8), "little")
+        raise _foreign(f"{size} bytes in {name}", field="size")
+    start = bytes(_read(fd, name, "header", 0, min(size, 8 + len(OPENING))))
+    length = int.from_bytes(start[:8], "little")
+    # One of the two is left where a single byte is damaged.
+    if (8 + length) % ALIGNMENT and b"kvkern" not in start:
+        raise _foreign(f"no header of a .kv file in {name}")
     if length > min(MAX_HEADER, size - 8) or (8 + length) % ALIGNMENT:
         needed = f"at most {min(MAX_HEADER, size - 8):,}, and {ALIGNMENT} with the 8 before it or a multiple"
         raise _damaged("header", f"a length of {length:,} bytes in {name}", needed)
@@ -524,12 +531,9 @@ def _metadata(given: bytes, name: str) -> dict[str, Any]:
         outer = json.loads(given)
         text = outer["__metadata__"]["kvkern"]
     except (KeyError, TypeError):
-        raise StoreError(
-            "header",
-            found=f"a safetensors file without the metadata key kvkern, {name}",
-            needed="a .kv file",
-            do="name a file that kvkern wrote",
-        ) from None
+        found = f"a header without the metadata key kvkern in {name}"
+        # Ours names kvkern more than once, so where a byte of the key is damaged another is left.
+        raise (_damaged("header", found, "a .kv file") if b"kvkern" in given else _foreign(found)) from None
     except (ValueError, RecursionError):
         raise _damaged("header", f"no JSON in {name}", "a .kv file") from None
     try:
@@ -620,6 +624,10 @@ def _read_into(fd: int, name: str, region: str, offset: int, into: memoryview) -
 
 def _damaged(field: str, found: str, needed: str) -> StoreError:
     return StoreError(field, found=found, needed=needed, do=AGAIN)
+
+
+def _foreign(found: str, *, field: str = "header") -> StoreError:
+    return StoreError(field, found=found, needed="a .kv file", do="name a file that kvkern publish wrote")
 
 
 def _system_error(path: Path, error: OSError | ValueError, do: str) -> StoreError:

@@ -18,7 +18,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import kvkern as library
 from kvkern import cli
+from kvkern.answers import AnswerWriter
 from kvkern.engine import Answer
 
 CHATML = (
@@ -439,6 +441,30 @@ def test_a_file_whose_model_has_gone_says_so(kvkern, tmp_path):
     assert kvkern("ask", tmp_path / "a.kv", "Why?", "--model", "tiny", "--max-new-tokens", 1) == 0
 
 
+def test_a_file_that_continues_another_is_refused_with_what_to_do_in_python(kvkern, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="kvkern")
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    turns = [{"role": "user", "content": "Is it open?"}, {"role": "assistant", "content": "It is."}]
+    with library.load("doc.kv", model, tokenizer) as parent:
+        with library.publish(model, tokenizer, turns, parent=parent) as child:
+            child.save(tmp_path / "child.kv")
+        for words in (("verify", "child.kv", "--model", "tiny"), ("ask", "child.kv", "Why?", "--model", "tiny")):
+            command, file, *rest = words
+            assert kvkern(command, tmp_path / file, *rest) == 1
+            assert kvkern.err.startswith("IdentityError: ancestors: found ")
+            assert "in child.kv" in kvkern.err and "serves documents without a parent" in kvkern.err
+            assert "do: " in kvkern.err and "kvkern.load(" in kvkern.err and "parent=" in kvkern.err
+        assert kvkern("verify", tmp_path / "child.kv") == 0, "its digests need no parent"
+        with library.load(tmp_path / "child.kv", model, tokenizer, parent=parent) as child:
+            child.check()
+
+
+def test_a_blank_line_among_questions_is_refused_before_the_file_is_read(kvkern, tmp_path):
+    (tmp_path / "q.txt").write_text("Why?\n\nWhen?\n")
+    assert kvkern("ask", "none.kv", "--questions", tmp_path / "q.txt") == 1
+    assert kvkern.err.startswith("RequestError: questions, line 2 of q.txt: found nothing")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
@@ -476,7 +502,7 @@ def test_ctrl_c_keeps_answers_that_wait_for_their_turn(tmp_path):
         raise KeyboardInterrupt
 
     output = tmp_path / "answers.jsonl"
-    with cli._AnswerWriter(list("abcde"), output, ordered=True, as_json=False) as writer:
+    with AnswerWriter(list("abcde"), output, ordered=True, as_json=False) as writer:
         writer.write_all(answers())
     assert writer.interrupted and writer.answers == 3
     assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0, 2, 3]

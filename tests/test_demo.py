@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import QUESTIONS, TEXT, scratch_answer, tiny_model, tiny_tokenizer
 
-from kvkern import demo
+from kvkern import attach, console, demo, demo_model, opening
 from kvkern.errors import (
     BackendError,
     CapacityError,
@@ -140,7 +140,9 @@ def test_no_temporary_file_is_left(done):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec(demo.PACKAGE) is None, reason=f"{demo.PACKAGE} is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec(demo_model.PACKAGE) is None, reason=f"{demo_model.PACKAGE} is not installed"
+)
 def test_the_real_model_and_document_give_the_tokens_of_from_scratch(capsys):
     result = demo.run(agents=4, new_tokens=24, compared=4, device="cpu")
     assert result.document_tokens == 3774
@@ -162,12 +164,12 @@ def in_process(monkeypatch, temporary):
         request = seen[what] = json.loads(json.dumps(request))
         if command is demo.SERVE:
             lines = []
-            monkeypatch.setattr(demo, "_tell", lambda **line: lines.append(json.loads(json.dumps(line))))
-            demo._serve(request)
+            monkeypatch.setattr(attach, "_tell", lambda **line: lines.append(json.loads(json.dumps(line))))
+            attach._serve(request)
             yield from lines
             return
         assert command is demo.SCRATCH
-        tokenizer, model = demo._open_model(request["model"], request["dtype"], torch.device("cpu"))
+        model, tokenizer = opening.open_model(request["model"], request["dtype"], torch.device("cpu"))
         model.set_attn_implementation("sdpa")
         for index, prompt in enumerate(request["prompts"]):
             ids = prompt
@@ -213,8 +215,8 @@ def test_a_kept_file_serves_again(given, in_process, tmp_path, temporary):
     demo.run(**given, out_dir=tmp_path / "new" / "kept")
     assert [file.name for file in (tmp_path / "new" / "kept").iterdir()] == ["handbook.kv"]
     assert list(temporary.iterdir()) == []
-    tokenizer, model = demo._open_model(str(given["model"]), "float32", torch.device("cpu"))
-    with demo.load(tmp_path / "new" / "kept" / "handbook.kv", model, tokenizer) as document:
+    model, tokenizer = opening.open_model(str(given["model"]), "float32", torch.device("cpu"))
+    with attach.load(tmp_path / "new" / "kept" / "handbook.kv", model, tokenizer) as document:
         document.check()
 
 
@@ -240,8 +242,8 @@ def test_a_model_without_a_template_goes_on_from_the_text(given, in_process, tmp
 
 
 def test_control_a_served_document_that_is_not_the_published_one_is_caught(given, in_process, monkeypatch):
-    load = demo.load
-    monkeypatch.setattr(demo, "load", lambda *args, **options: demo._without_values(load(*args, **options)))
+    load = attach.load
+    monkeypatch.setattr(attach, "load", lambda *args, **options: attach._without_values(load(*args, **options)))
     assert demo.run(**given).token_exact < 0.7
 
 
@@ -292,18 +294,18 @@ def write(tmp_path, name, text):
         ({"device": "cuda:99"}, DeviceError, "device", "cuda:99"),
         ({"device": "abacus"}, DeviceError, "device", "abacus"),
         ({"backend": "abacus"}, BackendError, "backend", "abacus"),
-        ({"model": "/no/such/folder"}, RequestError, "model", "/no/such/folder, not there"),
-        ({"model": "./nothing"}, RequestError, "model", "./nothing, not there"),
+        ({"model": "/no/such/folder"}, RequestError, "model", "no folder /no/such/folder"),
+        ({"model": "./nothing"}, RequestError, "model", "no folder ./nothing"),
         ({"model": ""}, RequestError, "model", "an empty name"),
         ({"model": __file__}, RequestError, "model", "a file"),
         ({"model": Path(__file__).parent}, RequestError, "model", "a folder without config.json"),
         ({"document": "/no/such/file"}, RequestError, "document", "No such file"),
         ({"document": lambda p: write(p, "empty.txt", " \n")}, RequestError, "document", "empty.txt"),
-        ({"document": lambda p: write(p, "latin.txt", b"caf\xe9")}, RequestError, "document", "byte 3"),
+        ({"document": lambda p: write(p, "latin.txt", b"caf\xe9")}, RequestError, "document", "byte 0xe9 at offset 3"),
         ({"document": lambda p: p}, RequestError, "document", "directory"),
         ({"document": lambda p: write(p, "long.txt", TEXT * 40)}, CapacityError, "document", "new ones"),
         ({"questions": "/no/such/file"}, RequestError, "questions", "No such file"),
-        ({"questions": lambda p: write(p, "q.txt", "")}, RequestError, "questions", "none in q.txt"),
+        ({"questions": lambda p: write(p, "q.txt", "")}, RequestError, "questions", "no line in q.txt"),
         ({"questions": lambda p: write(p, "q.txt", "a\n\nb\n")}, RequestError, "questions, line 2 of q.txt", "nothing"),
         ({"questions": lambda p: write(p, "q.txt", '{"question": " "}')}, RequestError, "questions, line 1", "nothing"),
         ({"questions": lambda p: write(p, "q.txt", '{"q": "a"}')}, RequestError, "questions, line 1", '{"q"'),
@@ -349,14 +351,14 @@ def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(given, monkeyp
 
 
 def test_a_name_on_the_hub_is_opened_by_name_and_given_on_as_a_folder(given, monkeypatch, in_process):
-    opened, from_name = [], demo._open_model
+    opened, from_name = [], opening.open_model
     monkeypatch.setattr("transformers.utils.cached_file", lambda name, file: str(given["model"] / file))
 
     def open_model(source, *rest):
         opened.append(source)
         return from_name(str(given["model"]), *rest)
 
-    monkeypatch.setattr(demo, "_open_model", open_model)
+    monkeypatch.setattr(opening, "open_model", open_model)
     result = demo.run(**{**given, "model": "someone/tiny", "agents": 1})
     assert result.model == "someone/tiny"
     assert opened == ["someone/tiny", str(given["model"]), str(given["model"])]
@@ -401,7 +403,7 @@ def test_serve_tells_its_error_and_ends(given, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as ended:
-        demo.serve()
+        attach.serve()
     torch.set_num_threads(threads)
     assert ended.value.code == 1
     kind, field, words = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
@@ -448,11 +450,11 @@ def test_ctrl_c_ends_the_process_and_leaves_no_file(given, monkeypatch, temporar
         time.sleep(600)
     """
     pids = []
-    bars = demo._bars
+    bars = console.bars
 
     @contextlib.contextmanager
-    def interrupted():
-        with bars() as bar:
+    def interrupted(**options):
+        with bars(**options) as bar:
 
             def update(what):
                 def pressed(done, *rest):
@@ -463,7 +465,7 @@ def test_ctrl_c_ends_the_process_and_leaves_no_file(given, monkeypatch, temporar
 
             yield update
 
-    monkeypatch.setattr(demo, "_bars", interrupted)
+    monkeypatch.setattr(console, "bars", interrupted)
     monkeypatch.setattr(demo, "SERVE", python(code))
     with pytest.raises(KeyboardInterrupt):
         demo.run(**given)
@@ -472,8 +474,8 @@ def test_ctrl_c_ends_the_process_and_leaves_no_file(given, monkeypatch, temporar
 
 
 def test_the_control_is_the_document_without_its_values(given):
-    tokenizer, model = demo._open_model(str(given["model"]), "float32", torch.device("cpu"))
-    with demo.publish(model, tokenizer, TEXT) as document, demo._without_values(document) as blank:
+    model, tokenizer = opening.open_model(str(given["model"]), "float32", torch.device("cpu"))
+    with demo.publish(model, tokenizer, TEXT) as document, attach._without_values(document) as blank:
         assert torch.equal(blank.key(1), document.key(1)) and document.value(1).abs().min() > 0
         assert not blank.value(1).any()
         assert blank.identity == document.identity and torch.equal(blank.token_ids, document.token_ids)

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import kvkern
-from kvkern import demo
+from kvkern import demo_model as demo
 from kvkern.errors import RequestError
 
 PACKAGE = Path(kvkern.__file__).parent

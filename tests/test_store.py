@@ -485,7 +485,18 @@ def test_a_stranger_is_refused(other, kind):
 def test_another_safetensors_file_is_refused(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(64, 64)}, tmp_path / "model.safetensors")
     error = refused(tmp_path / "model.safetensors")
-    assert error.field == "header"
+    assert error.field == "header" and "in model.safetensors" in error.found
+    assert error.do == "name a file that kvkern publish wrote"
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "a short text", "a pickle", "another key"])
+def test_a_stranger_is_told_from_a_damaged_file(other, kind):
+    assert refused(other(STRANGERS[kind][0])).do == "name a file that kvkern publish wrote"
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 8, 20, 28])
+def test_control_a_damaged_header_is_not_taken_for_a_stranger(saved, other, at):
+    assert refused(other(flipped(saved[2], at))).do == store.AGAIN
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
