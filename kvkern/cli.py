@@ -415,6 +415,7 @@ def env(
     """Say what kvkern has to work with here: backend, instruction set, threads, devices, versions."""
     import torch
 
+    from kvkern import _C
     from kvkern.backends import choose
 
     place = opening.device_of(device)
@@ -423,7 +424,8 @@ def env(
         "backend": {"name": chosen.name, "why": chosen.why},
         "device": str(place),
         "devices": _devices(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": _C.instruction_sets()[0],
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": _versions(),
@@ -432,7 +434,8 @@ def env(
     lines = [
         ("backend", f"{chosen.name} on {place}: {chosen.why}"),
         ("devices", "; ".join(devices)),
-        ("cpu", f"instruction set {result['instruction_set']}, torch threads {result['threads']}"),
+        ("kernels", f"in C++ for {result['instruction_set']}; torch for {result['torch_instruction_set']}"),
+        ("threads", str(result["threads"])),
         ("platform", result["platform"]),
         ("versions", "  ".join(f"{name} {found or 'not installed'}" for name, found in result["versions"].items())),
     ]
