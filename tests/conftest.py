@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers share the cores between them; a test that runs alone, or is told, takes what it is told.
     if "OMP_NUM_THREADS" not in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    # A suite that a shell runs in the background ignores SIGINT, and so would the processes that tests send it to.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
