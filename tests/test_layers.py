@@ -34,7 +34,10 @@ LAYERS = (
     ("qwen3", "store"),
     ("publish", "sampling", "scheduler", "cost"),
     ("generate", "engine"),
-    ("scratch", "opening", "console", "answers", "demo_model", "ledger", "attach", "demo", "cli", "__init__"),
+    (
+        *("scratch", "opening", "console", "answers", "demo_model", "ledger", "attach", "demo"),
+        *("checks.__init__", "checks.assertions", "cli", "__init__"),
+    ),
 )
 PLACE = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 NEED_TRITON = {"kernels.tiles", "kernels.state", "kernels.append", "kernels.prefix", "kernels.suffix", "kernels.merge"}
