@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from kvkern import cpu
 from kvkern.errors import IdentityError, KvkernError, RequestError, UnsupportedError
 from kvkern.geometry import Geometry
 
@@ -52,7 +53,7 @@ SAMPLES = 64
 """Elements a tensor that are looked at before a remembered weights digest is used again."""
 
 COPY_BYTES = 32 << 20
-"""Bytes that are brought to the host at a time, to hash a tensor of another device."""
+"""Bytes that are hashed or summed at a time of a tensor on another device: a copy of no more is made there or here."""
 
 
 class Above(Protocol):
@@ -325,7 +326,7 @@ def _stages(
         "tokenizer": lambda: None if tokenizer is None else tokenizer_digest(tokenizer),
         "template": lambda: template,
         "template_kwargs": lambda: template_kwargs,
-        "weights": lambda: weights_digest(model),
+        "weights": lambda: weights_digest(model, every_byte=True),
     }
 
 
@@ -510,33 +511,45 @@ class _Known(NamedTuple):
     """A digest, and the weights as they were then. A tensor that is gone may have left its address to another."""
 
     seen: _Seen
+    sums: tuple[tuple[int, bytes], ...]
     tensors: tuple[weakref.ref[Tensor], ...]
     digest: str
+
+    def holds(self, seen: _Seen | None) -> bool:
+        return self.seen == seen and all(ref() is not None for ref in self.tensors)
 
 
 class WeightsDigest:
     """SHA-256 over names, dtypes, shapes and values of a model's state dict, and over its active adapters.
 
     A model's digest is remembered for as long as the model lives, and used again while no tensor's identity, address or
-    version counter has moved. An edit through `.data` or numpy moves none of them: up to 64 elements of each tensor are
-    looked at as well, so only an edit of a few elements past torch's back stays unseen.
+    version counter has moved. What torch does in place, `load_state_dict`, an optimizer or a new parameter moves one of
+    them. A write through `.data`, a numpy view, DLPack or a pointer moves none; against those
+
+    every_byte  compares a 64-bit sum of every tensor (csrc/blocksum.h, as fast as memory is read), which any changed word
+                changes: what `Identity.of` and `match` ask for, so no document is made or loaded under a digest that is
+                not that of the weights
+    otherwise   up to 64 elements of each tensor are looked at, so that a question can be checked: an edit of whole tensors
+                or rows behind torch's back is seen, one of a few elements stays unseen until the next publish or load
+
     Tied weights are hashed once. Raises UnsupportedError for weights that are not in memory (meta, offloaded).
     """
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
-    def __call__(self, model: Any) -> str:
+    def __call__(self, model: Any, *, every_byte: bool = False) -> str:
         model = getattr(model, "_orig_mod", model)  # torch.compile wraps the module and renames its weights
         tensors = dict(_weights(model))
         seen = _look(tensors, _adapters(model))
         before = self._known.get(model)
-        if before is not None and before.seen == seen and all(ref() is not None for ref in before.tensors):
+        if before is not None and before.holds(seen) and (not every_byte or before.sums == _sums(tensors)):
             return before.digest
 
         digest = _hash(tensors, _adapters(model))
         if seen is not None:
-            self._known[model] = _Known(seen, tuple(weakref.ref(t) for t in tensors.values()), digest)
+            references = tuple(weakref.ref(tensor) for tensor in tensors.values())
+            self._known[model] = _Known(seen, _sums(tensors), references, digest)
         return digest
 
 
@@ -587,27 +600,51 @@ def _look(tensors: Mapping[str, Tensor], adapters: str) -> _Seen | None:
 
 
 def _hash(tensors: Mapping[str, Tensor], adapters: str) -> str:
-    def place(tensor: Tensor) -> tuple[Any, ...]:
-        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-    distinct = {place(tensor): tensor for tensor in tensors.values()}
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        digests = dict(zip(distinct, pool.map(_tensor_digest, distinct.values()), strict=True))
-    lines = [[name, str(t.dtype), list(t.shape), digests[place(t)]] for name, t in sorted(tensors.items())]
+    digests = _of_each(_tensor_digest, tensors)
+    lines = [[name, str(t.dtype), list(t.shape), digests[_place(t)]] for name, t in sorted(tensors.items())]
     return hashlib.sha256(canonical([lines, adapters]).encode()).hexdigest()
 
 
+def _sums(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, bytes], ...]:
+    return tuple(_of_each(_tensor_sum, tensors).values())
+
+
+def _of_each(read: Callable[[Tensor], Any], tensors: Mapping[str, Tensor]) -> dict[tuple[Any, ...], Any]:
+    """What `read` makes of every tensor, by its place in memory, tied ones once; several at a time."""
+    distinct = {_place(tensor): tensor for tensor in tensors.values()}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(distinct, pool.map(read, distinct.values()), strict=True))
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of the values in order; of a tensor on another device, a part at a time."""
+    """SHA-256 of the values in order."""
     hasher = hashlib.sha256()
-    with torch.no_grad():
-        flat = tensor.detach().contiguous().view(-1)
-        if flat.device.type == "cpu":
-            hasher.update(tensor_bytes(flat))
-        else:
-            for part in flat.split(COPY_BYTES // flat.element_size()):
-                hasher.update(tensor_bytes(part.cpu()))
+    for part in _parts(tensor):
+        hasher.update(tensor_bytes(part.cpu()))
     return hasher.hexdigest()
+
+
+def _tensor_sum(tensor: Tensor) -> tuple[int, bytes]:
+    """The 64-bit sum of the values' words, computed where they lie, and the bytes of the last word that is not whole."""
+    total, tail = 0, b""
+    for n, part in enumerate(_parts(tensor)):
+        words = part.numel() // cpu.WORD
+        total += cpu.block_sum(part[: words * cpu.WORD], start_word=n * (COPY_BYTES // cpu.WORD))
+        tail = bytes(tensor_bytes(part[words * cpu.WORD :].cpu()))
+    return total % (1 << 64), tail
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The bytes of the values in order: on the CPU where they lie, of another device COPY_BYTES at a time, aligned to words."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.device.type == "cpu":
+        yield flat
+    else:
+        yield from (part.clone() for part in flat.split(COPY_BYTES))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

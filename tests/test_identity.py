@@ -1,8 +1,10 @@
 """Identity: every field that changes the KV is seen and named, and nothing else is."""
 
+import ctypes
 import dataclasses
 import gc
 import json
+import random
 import weakref
 from types import SimpleNamespace
 
@@ -247,7 +249,7 @@ def test_digests_are_shortened(model, tokenizer):
 def test_weights_are_not_hashed_where_something_cheaper_differs(model, tokenizer, field, monkeypatch):
     found = made(model, tokenizer)
     hashed = []
-    monkeypatch.setattr(module, "weights_digest", lambda model: hashed.append(model) or "0" * 64)
+    monkeypatch.setattr(module, "weights_digest", lambda model, **_: hashed.append(model) or "0" * 64)
     with pytest.raises(IdentityError, match=field):
         match(found, OTHER_MODELS[field](), tokenizer, where="a.kv")
     assert not hashed
@@ -455,6 +457,105 @@ def test_weights_are_hashed_again_after_an_edit(edit):
     edit(model)
     after = digest(model)
     assert after != before and after == WeightsDigest()(model)
+
+
+def test_an_edit_of_any_one_element_in_place_is_seen():
+    digest, model = WeightsDigest(), tiny_model()
+    seen = {digest(model)}
+    for tensor in model.state_dict(keep_vars=True).values():
+        with torch.no_grad():
+            tensor.view(-1)[random.randrange(tensor.numel())] += 1
+        seen.add(digest(model))
+    assert len(seen) == 1 + len(model.state_dict())
+
+
+def by_data(tensor, i):
+    tensor.data.view(-1)[i] += 1
+
+
+def by_numpy(tensor, i):
+    tensor.detach().numpy().reshape(-1)[i] += 1
+
+
+def by_dlpack(tensor, i):
+    torch.from_dlpack(torch.utils.dlpack.to_dlpack(tensor.detach())).view(-1)[i] += 1
+
+
+def by_a_pointer(tensor, i):
+    address = tensor.data_ptr() + i * tensor.element_size()
+    ctypes.c_ubyte.from_address(address).value ^= 1 << random.randrange(8)
+
+
+BEHIND = [by_data, by_numpy, by_dlpack, by_a_pointer]
+
+
+def unsampled(tensor):
+    """An element that is not among those that are looked at."""
+    step = max(1, -(-tensor.numel() // module.SAMPLES))
+    return random.choice([i for i in range(tensor.numel()) if i % step])
+
+
+@pytest.mark.parametrize("edit", BEHIND)
+def test_one_element_edited_behind_torchs_back_is_seen_where_a_document_is_made_or_loaded(tokenizer, edit):
+    model = tiny_model()
+    before = made(model, tokenizer)
+    weight = random.choice([t for t in model.state_dict().values() if t.numel() > module.SAMPLES])
+    edit(weight, unsampled(weight))
+    with pytest.raises(IdentityError) as caught:
+        match(before, model, tokenizer, where="a.kv")
+    assert caught.value.field == "weights"
+    assert made(model, tokenizer).weights == WeightsDigest()(model) != before.weights
+
+
+@pytest.mark.parametrize("edit", BEHIND)
+def test_control_between_the_samples_it_stays_unseen_until_then(edit):
+    digest, model = WeightsDigest(), tiny_model()
+    before = digest(model)
+    edit(model.lm_head.weight, unsampled(model.lm_head.weight))
+    assert digest(model) == before, "what the docstring says of a question"
+    after = digest(model, every_byte=True)
+    assert after != before and digest(model) == after == WeightsDigest()(model)
+
+
+@pytest.mark.parametrize("edit", BEHIND)
+def test_an_edit_of_a_whole_tensor_behind_torchs_back_is_seen_by_the_samples(edit):
+    digest, model = WeightsDigest(), tiny_model()
+    before, weight = digest(model), model.model.layers[1].mlp.up_proj.weight
+    for i in range(weight.numel()):
+        edit(weight, i)
+    assert digest(model) != before
+
+
+def test_every_byte_of_unchanged_weights_is_not_hashed_again(hashed):
+    digest, model = WeightsDigest(), tiny_model()
+    first = digest(model, every_byte=True)
+    once = len(hashed)
+    assert digest(model, every_byte=True) == first == digest(model) and len(hashed) == once
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.bfloat16, torch.float64])
+def test_tensors_of_no_whole_words_are_summed_to_their_last_byte(dtype):
+    held, digest = torch.nn.Module(), WeightsDigest()
+    for n in range(20):
+        held.register_buffer(f"b{n}", torch.zeros(n, dtype=dtype))
+    held.register_buffer("scalar", torch.zeros((), dtype=dtype))
+    before = module._sums(dict(held.state_dict()))
+    assert digest(held) == digest(held, every_byte=True)
+    for n in (*range(1, 20), None):
+        last = held.scalar.view(1) if n is None else getattr(held, f"b{n}")[-1:]
+        last.data.view(torch.uint8)[-1] ^= 1
+        assert module._sums(dict(held.state_dict())) != before
+        last.data.view(torch.uint8)[-1] ^= 1
+    assert module._sums(dict(held.state_dict())) == before
+
+
+def test_parts_of_a_tensor_have_the_sum_of_the_whole(monkeypatch):
+    whole = torch.randint(0, 256, (1003,), dtype=torch.uint8)
+    monkeypatch.setattr(module, "_parts", lambda tensor: iter(tensor.split(64)))
+    monkeypatch.setattr(module, "COPY_BYTES", 64)
+    parted = module._tensor_sum(whole)
+    monkeypatch.undo()
+    assert parted == module._tensor_sum(whole)
 
 
 def test_names_shapes_and_dtypes_count():
