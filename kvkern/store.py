@@ -23,13 +23,15 @@ A reader holds the file to its own canonical form: from the metadata follow all 
 the file, so no byte can change unseen. Nothing is unpickled or run.
 
 A file is written under a temporary name in the same folder, synced, renamed, and the folder synced: it is there whole or not
-at all, and an older file of that name stays until then. A process that is killed leaves a .kvkern-*.tmp at most. Bytes
+at all, and an older file of that name stays until then. A writer holds a lock on its temporary file, .kvkern-*.tmp, which the
+system drops with the process: what a killed one left is found unlocked, and removed, by the next save into that folder. Bytes
 stream a row of one head at a time, so that neither saving nor loading holds a second copy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -62,6 +64,9 @@ THREADS = 4
 """Planes (one layer's K or V) that are hashed at a time."""
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+TEMPORARY, ENDING = ".kvkern-", ".tmp"
+"""How the name of a file that is being written begins and ends."""
 
 OPENING = b'{"__metadata__":{"kvkern":'
 """The header's first bytes: canonical JSON begins so. Another file is no damaged .kv file, and copying it again helps nobody."""
@@ -128,25 +133,18 @@ def save(prefix: SharedPrefix, path: str | os.PathLike[str], *, progress: Progre
             needed=f"at most {MAX_HEADER:,}",
             do="make it shorter",
         )
-    temporary = target.parent / f".kvkern-{secrets.token_hex(8)}.tmp"
+    _remove_orphans(target.parent)
     try:
-        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        try:
+        with _temporary(target.parent) as (fd, temporary):
             kv = list(_write_kv(prefix, fd, len(blank), sums, progress))
             _write(fd, tensor_bytes(prefix.token_ids), len(blank) + prefix.size_bytes)
             # Digests have one length, so the header that was left out has the size of the one that is known now.
             _write(fd, memoryview(_header_bytes(identity, kv, sums, provenance)), 0)
             os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, target)
+            os.replace(temporary, target)
         _sync_folder(target.parent)
     except OSError as error:
-        _forget(temporary)
         raise _system_error(target, error, "free space or choose another folder, and save again") from None
-    except BaseException:
-        _forget(temporary)
-        raise
 
 
 def _savable(prefix: SharedPrefix) -> tuple[Identity, dict[str, Any]]:
@@ -253,9 +251,56 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _forget(temporary: Path) -> None:
+# -- temporary files: a name, and a lock for as long as its writer lives ------------------------------------------------
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[tuple[int, Path]]:
+    """(descriptor, path) of a new file to write; gone afterwards under this name, whatever happens."""
+    while True:
+        path = folder / f"{TEMPORARY}{secrets.token_hex(8)}{ENDING}"
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            # Between open and lock it looks like an orphan, and another save may have taken it for one.
+            if _lock(fd) is not False and _names(path, fd):
+                yield fd, path
+                return
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            os.close(fd)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Temporary files whose writer is gone; those of other users, and what cannot be locked here, stay."""
     with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+        names = [name for name in os.listdir(folder) if name.startswith(TEMPORARY) and name.endswith(ENDING)]
+        for path in (folder / name for name in names):
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if stat.S_ISREG(os.fstat(fd).st_mode) and _lock(fd) and _names(path, fd):
+                        path.unlink()
+                finally:
+                    os.close(fd)
+
+
+def _lock(fd: int) -> bool | None:
+    """Whether the file is ours alone from now on, until it is closed; None on a file system that has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _names(path: Path, fd: int) -> bool:
+    """Whether the file still has this name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
+    return False
 
 
 # -- the walk over all blocks, the same for writing, reading and verifying ---------------------------------------------
