@@ -27,6 +27,7 @@ MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 """The tensor core instruction that K1 must come to; K2's 16 rows are HMMA everywhere."""
 
 HEAD_DIM, G = 128, 4
+MERGE_WARPS = 4
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -85,6 +86,14 @@ def test_control_a_launch_that_leaves_fusing_to_the_compiler_is_caught() -> None
     assert compiled(80)["merge with fusion"]["ptx"]["free"] > 0
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_fold_is_fused_where_it_says_so(arch: int) -> None:
+    """One fma for l and one for each element of acc that a thread holds."""
+    from kvkern.kernels.merge import BLOCK_M
+
+    assert compiled(arch)["merge"]["ptx"]["fused"] == 1 + BLOCK_M * HEAD_DIM // (32 * MERGE_WARPS)
+
+
 # -- the child ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +116,7 @@ def main(arch: int) -> None:
             dims | pages | {"G": G, "SEGMENT": SUFFIX_SEGMENT},
             chosen.suffix.options(),
         ),
-        "merge": (merge.merge_kernel, dims | {"BLOCK_M": merge.BLOCK_M}, {"num_warps": 4}),
+        "merge": (merge.merge_kernel, dims | {"BLOCK_M": merge.BLOCK_M}, {"num_warps": MERGE_WARPS}),
     }
     if arch == 80:
         kernel, constants, options = jobs["suffix"]
@@ -158,6 +167,7 @@ def compile_one(kernel: Any, constants: dict[str, int], options: dict[str, int],
         "ptx": {
             "rounded": len(re.findall(r"\b(?:mul|add|sub)\.rn\.f32\b", ptx)),
             "free": len(re.findall(r"\b(?:mul|add|sub)\.f32\b", ptx)),
+            "fused": len(re.findall(r"\bfma\.rn\.f32", ptx)),
         },
     }
 

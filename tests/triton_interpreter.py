@@ -96,15 +96,16 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter round as hardware does, where triton 3.6 to 3.9 do not.
 
     It keeps bf16 as raw 16-bit integers: tl.dot multiplies those, and a cast from fp32 cuts where hardware rounds to
-    nearest even. And its tl.dot is one BLAS call, which rounds a row by its place in the tile; here each row is a product
-    of its own. The methods are private; if they move, this names what to look for.
+    nearest even. Its tl.dot is one BLAS call, which rounds a row by its place in the tile; here each row is a product of
+    its own. And its tl.fma rounds twice, so that it cannot tell fma(a, b, c * d) from fma(c, d, a * b); here the product is
+    exact. The methods are private; if they move, this names what to look for.
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = getattr(interpreter, "InterpreterBuilder", None)
-    names = ("create_dot", "cast_impl")
+    names = ("create_dot", "create_fma", "cast_impl")
     if builder is None or not all(hasattr(builder, name) for name in names):
         pytest.fail(
             f"triton.runtime.interpreter.InterpreterBuilder has no {' or no '.join(names)}: find their new names"
@@ -120,6 +121,11 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = np.matmul(np.ascontiguousarray(widened(a))[:, None, :], widened(b))
         return handle(rows[:, 0] + d.data, d.dtype.scalar)
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # 24 bits times 24 are exact in fp64. The sum is rounded to fp64 first, which shows in fp32 once in some 2**29.
+        total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return handle(total.astype(np.float32), z.dtype.scalar)
+
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             bits = np.ascontiguousarray(src.data).view(np.uint32)
@@ -128,6 +134,7 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
         return cast(self, src, dst_type)
 
     monkeypatch.setattr(builder, "create_dot", create_dot)
+    monkeypatch.setattr(builder, "create_fma", create_fma)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
 
 
