@@ -26,7 +26,8 @@ class PagePool:
     debug               poison pages with NaN when they are freed
 
     One allocation [layers, 2, num_pages, num_kv_heads, 16, head_dim]; kernels take it by strides (page, head, token).
-    Raises CapacityError where pages or slots run out; a call that raises changes nothing.
+    Raises CapacityError where pages or slots run out, RequestError for a page or slot that is not held and for less than no
+    tokens or pages; a call that raises changes nothing.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class PagePool:
         device: torch.device | str = "cpu",
         debug: bool = False,
     ) -> None:
-        for name, value in (("num_pages", num_pages), ("slots", slots)):
-            if value < 1:
+        limits = {"num_pages": num_pages, "slots": slots, "max_pages_per_slot": max_pages_per_slot}
+        for name, value in limits.items():
+            if value is not None and value < 1:
                 raise CapacityError(name, found=value, needed="at least 1", do="give the pool more memory")
         self.geometry = geometry
         self.device = torch.device(device)
@@ -86,6 +88,7 @@ class PagePool:
 
     def alloc(self, n: int) -> list[int]:
         """n pages with one reference each. Raises CapacityError if fewer are free."""
+        _not_negative("n", n)
         if n > len(self._free):
             raise CapacityError(
                 "pages",
@@ -151,6 +154,7 @@ class PagePool:
 
     def pages_needed(self, slot: int, tokens: int) -> int:
         """Free pages that reserve(slot, tokens) would take."""
+        _not_negative("tokens", tokens)
         table, length = self._table(slot), self._lengths[slot]
         fresh = max(0, -(-(length + tokens) // PAGE) - len(table))
         return fresh + len(self._shared_tail(table, length, tokens))
@@ -162,6 +166,7 @@ class PagePool:
         pool or the slot's row of the page table is too small.
         """
         table, length = self._table(slot), self._lengths[slot]
+        _not_negative("tokens", tokens)
         pages = -(-(length + tokens) // PAGE)
         if pages > self.max_pages_per_slot:
             raise CapacityError(
@@ -185,16 +190,17 @@ class PagePool:
 
     def _shared_tail(self, table: list[int], length: int, tokens: int) -> list[int]:
         """Indices of held pages that the next tokens would write although others read them too."""
-        if tokens <= 0:
+        if tokens == 0:
             return []
         end = min(len(table), -(-(length + tokens) // PAGE))
         return [i for i in range(length // PAGE, end) if self._references[table[i]] > 1]
 
     def advance(self, slot: int, tokens: int) -> None:
-        """Count tokens on the host; the step's Plan counts them on the device."""
+        """Count tokens on the host; the step's Plan counts them on the device. Less than none takes back what was counted."""
         table = self._table(slot)
         length = self._lengths[slot] + tokens
-        if not 0 <= length <= len(table) * PAGE:
+        _not_negative("length of the slot", length)
+        if length > len(table) * PAGE:
             raise CapacityError(
                 "pages of the slot",
                 found=f"{len(table)} for {length} tokens",
@@ -233,3 +239,8 @@ class PagePool:
                 "slot", found=slot, needed="a slot that is held", do="use a slot that acquire_slot returned"
             )
         return table
+
+
+def _not_negative(field: str, value: int) -> None:
+    if value < 0:
+        raise RequestError(field, found=value, needed="0 or more", do="count tokens and pages up from 0")

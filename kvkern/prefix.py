@@ -28,7 +28,7 @@ class SharedPrefix:
     device     where the block lies
     parent     the published prefix that this one continues, or None
 
-    Raises RequestError for no tokens, ShapeError or DeviceError for a parent of another geometry or device.
+    Raises RequestError for no tokens or no integers, ShapeError or DeviceError for a parent of another geometry or device.
     """
 
     def __init__(
@@ -39,6 +39,10 @@ class SharedPrefix:
         device: torch.device | str = "cpu",
         parent: SharedPrefix | None = None,
     ) -> None:
+        if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
+            raise RequestError(
+                "document", found=f"token ids of {token_ids.dtype}", needed="integers", do="give the ids themselves"
+            )
         if token_ids.dim() != 1 or token_ids.numel() == 0:
             raise RequestError(
                 "document",

@@ -276,7 +276,7 @@ BAD = {
     "no slot": (lambda s: [AgentRows(99, None, 1)], RequestError, "slot: found 99"),
     "released": (lambda s: [AgentRows(s[0], released(), 1)], ReadOnlyError, "prefix: found <SharedPrefix .* released>"),
     "filling": (
-        lambda s: [AgentRows(s[0], SharedPrefix(GEOMETRIES[2], torch.zeros(1)), 1)],
+        lambda s: [AgentRows(s[0], SharedPrefix(GEOMETRIES[2], torch.zeros(1, dtype=torch.int64)), 1)],
         ReadOnlyError,
         "prefix: found <SharedPrefix .* filling>",
     ),
@@ -298,7 +298,7 @@ def test_what_cannot_be_planned_is_refused_by_name(name):
 
 def test_a_prefix_on_another_device_is_refused():
     pool, slots = pool_of()
-    prefix = SharedPrefix(GEOMETRIES[2], torch.zeros(1), device="meta")
+    prefix = SharedPrefix(GEOMETRIES[2], torch.zeros(1, dtype=torch.int64), device="meta")
     prefix._sums = torch.zeros(1)  # published, as far as a plan can see: a block without memory has no sum
     with pytest.raises(DeviceError, match=r"^prefix: found Geometry.* on meta, needed .* on cpu as in the pool"):
         Plan.make(pool, [AgentRows(slots[0], prefix, 1)])

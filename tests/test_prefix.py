@@ -160,6 +160,12 @@ def test_a_document_without_tokens_is_refused(ids):
         SharedPrefix(GEOMETRY, ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_token_ids_that_are_no_integers_are_refused(dtype):
+    with pytest.raises(RequestError, match=rf"^document: found token ids of {dtype}, needed integers"):
+        SharedPrefix(GEOMETRY, torch.ones(3, dtype=dtype))
+
+
 # -- integrity ---------------------------------------------------------------------------------------------------------
 
 
