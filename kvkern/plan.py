@@ -169,7 +169,9 @@ class Plan:
     def begin(self) -> None:
         """Count this step's rows into the suffix lengths, on host and device; once a step, before its first layer.
 
-        Raises CapacityError for a slot that was not reserved pages for its rows; then nothing is counted.
+        A step that runs again on one begin writes the same places again: the same rows give the same bits, as a warm-up, a
+        measurement or a comparison of backends needs it, which is why it is not refused; other rows take the place of the
+        last ones. Raises CapacityError for a slot that was not reserved pages for its rows; then nothing is counted.
         """
         for n, agent in enumerate(self.agents):
             try:

@@ -8,11 +8,19 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvkern.errors import CapacityError, DeviceError, ReadOnlyError, RequestError, ShapeError
-from kvkern.geometry import Geometry, num_segments
+from kvkern.geometry import PAGE, Geometry, num_segments
 from kvkern.pages import PagePool
 from kvkern.plan import AgentRows, Plan
 from kvkern.prefix import SharedPrefix
@@ -196,6 +204,216 @@ def test_control_a_changed_entry_is_caught(table, column):
     getattr(plan.tensors, table)[0, column] += 1
     with pytest.raises(AssertionError):
         check(plan, pool, agents)
+
+
+# -- a tree and agents that come and go --------------------------------------------------------------------------------
+
+
+class Steps(RuleBasedStateMachine):
+    """Steps over a growing tree. The oracle: a list a slot of the numbers that were written to it, and a path of leaves.
+
+    Each row writes its number where the plan says that its token lies, as K0 does, so a row in the wrong place is read back.
+    """
+
+    @initialize(group=st.sampled_from(sorted(GEOMETRIES)), num_pages=st.integers(4, 40), slots=st.integers(1, 6))
+    def start(self, group, num_pages, slots):
+        self.geometry = GEOMETRIES[group]
+        self.pool = PagePool(self.geometry, num_pages, slots=slots, debug=True)
+        self.nodes: list[SharedPrefix] = []
+        self.leaves: dict[int, SharedPrefix | None] = {}
+        self.tokens: dict[int, list[float]] = {}
+        self.plan: tuple[Plan, list[AgentRows], int | None] | None = None
+        self.written = 0.0
+
+    def pick(self, data):
+        return data.draw(st.sampled_from(sorted(self.tokens)))
+
+    # -- the tree
+
+    @precondition(lambda self: len(self.nodes) < 8)
+    @rule(data=st.data(), tokens=st.sampled_from(LENGTHS[:-1]))
+    def publish(self, data, tokens):
+        parent = data.draw(st.none() | st.sampled_from(self.nodes)) if self.nodes else None
+        self.nodes.append(node(self.geometry, tokens, parent))
+
+    @precondition(lambda self: self.nodes)
+    @rule(data=st.data())
+    def release(self, data):
+        """By its owner: what lies below goes on, who hangs there may not; a plan in flight keeps its block."""
+        gone = data.draw(st.sampled_from(self.nodes))
+        if any(leaf is gone for leaf in self.leaves.values()):
+            return
+        gone.release()
+        self.nodes.remove(gone)
+        if gone.released and self.tokens:
+            agents = [AgentRows(self.pick(data), gone, 1)]
+            with pytest.raises(ReadOnlyError, match=r"^prefix: found <SharedPrefix .* released>"):
+                Plan.make(self.pool, agents)
+
+    # -- agents
+
+    @precondition(lambda self: self.pool.free_slots)
+    @rule(data=st.data())
+    def join(self, data):
+        slot = self.pool.acquire_slot()
+        self.tokens[slot] = []
+        self.leaves[slot] = data.draw(st.none() | st.sampled_from(self.nodes)) if self.nodes else None
+
+    @precondition(lambda self: self.tokens and self.pool.free_slots)
+    @rule(data=st.data())
+    def fork(self, data):
+        source = self.pick(data)
+        slot = self.pool.fork(source)
+        self.tokens[slot], self.leaves[slot] = list(self.tokens[source]), self.leaves[source]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def leave(self, data):
+        slot = self.pick(data)
+        self.pool.release_slot(slot)
+        del self.tokens[slot], self.leaves[slot]
+        self.plan = None
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def truncate(self, data, share):
+        slot = self.pick(data)
+        keep = round(share * len(self.tokens[slot]))
+        self.pool.truncate(slot, keep)
+        del self.tokens[slot][keep:]
+
+    # -- steps
+
+    @precondition(lambda self: self.tokens)
+    @rule(
+        data=st.data(),
+        rows=st.sampled_from([1, 2, 20]),
+        padding=st.none() | st.integers(0, 9),
+        workers=st.integers(1, 5),
+    )
+    def step(self, data, rows, padding, workers):
+        """Decode and extend rows of some agents, or of all, in any order."""
+        slots = data.draw(st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, unique=True))
+        agents = [AgentRows(slot, self.leaves[slot], data.draw(st.integers(1, rows))) for slot in slots]
+        bucket = None if padding is None else sum(agent.rows for agent in agents) + padding
+        plan = Plan.make(self.pool, agents, bucket=bucket, workers_per_node=workers)
+        check(plan, self.pool, agents, bucket)
+        assert not plan.begun
+        self.plan = plan, agents, bucket
+        self.run()
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(times=st.integers(1, 3))
+    def same_plan_again(self, times):
+        """Lengths grow on the device; the plan's own tensors stay as they are."""
+        plan, agents, bucket = self.plan
+        before = [tensor.clone() for tensor in plan.tensors]
+        for _ in range(times):
+            self.run()
+        assert all(map(torch.equal, plan.tensors, before))
+        # The block of a node that was released since is the plan's alone; its address names no node any more.
+        if not any(n.released for agent in agents if agent.node for n in agent.node.path()):
+            check(plan, self.pool, agents, bucket)
+
+    def run(self):
+        plan, agents, _ = self.plan
+        lengths = self.pool.seq_lens.clone()
+        room = {slot: len(self.pool.table(slot)) * PAGE - len(self.tokens[slot]) for slot in self.tokens}
+        if any(agent.rows > room[agent.slot] for agent in agents):
+            with pytest.raises(CapacityError, match=r"^pages of the slot: found \d+ for \d+ tokens"):
+                plan.begin()
+            assert torch.equal(self.pool.seq_lens, lengths), "a begin that raises counts nothing"
+            assert all(self.pool.length(slot) == len(tokens) for slot, tokens in self.tokens.items())
+        for agent in agents:
+            try:
+                self.pool.reserve(agent.slot, agent.rows)
+            except CapacityError:
+                return  # the engine would preempt
+        plan.begin()
+        assert plan.begun
+        self.append(plan, agents)
+
+    def append(self, plan, agents):
+        """What K0 does: each row's number to where its token lies, by nothing but the tensors of plan and pool."""
+        pool, t = self.pool, plan.tensors
+        numbers = self.written + 1 + torch.arange(plan.rows)
+        self.written += plan.rows
+        real = t.row_slot >= 0
+        slots = t.row_slot[real].long()
+        positions = (pool.seq_lens[slots] - 1 - t.row_back[real]).long()
+        pages = pool.page_table[slots, positions // PAGE].long()
+        assert len({*zip(pages.tolist(), (positions % PAGE).tolist(), strict=True)}) == len(slots), "a place for each"
+        assert all(pool.references(page) == 1 for page in pages.tolist()), "nobody else reads what is written"
+        pool.pages[:, :, pages, :, positions % PAGE] = numbers[real, None, None, None, None].float()
+        for i, agent in enumerate(agents):
+            rows = rows_of(plan, i)
+            assert plan.last_rows[i] == rows[-1]
+            self.tokens[agent.slot] += numbers[rows[0] : rows[-1] + 1].tolist()
+
+    # -- what holds always
+
+    @invariant()
+    def lengths_on_the_device_are_the_oracles(self):
+        for slot, tokens in self.tokens.items():
+            assert int(self.pool.seq_lens[slot]) == self.pool.length(slot) == len(tokens)
+
+    @invariant()
+    def every_agent_reads_its_own_tokens_in_order(self):
+        for slot, tokens in self.tokens.items():
+            at = torch.arange(len(tokens))
+            read = self.pool.pages[0, 1, self.pool.page_table[slot, at // PAGE].long(), 0, at % PAGE, 3]
+            assert read.tolist() == tokens
+
+
+class LongSteps(Steps):
+    """The same for longer."""
+
+
+Steps.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestSteps = Steps.TestCase
+LongSteps.TestCase.settings = settings(max_examples=500, stateful_step_count=40, deadline=None)
+TestLongSteps = pytest.mark.full(LongSteps.TestCase)
+
+
+def tampered(**changes):
+    """A machine whose plans have other tensors than they should."""
+
+    class Tampered(Steps):
+        def append(self, plan, agents):
+            for name, change in changes.items():
+                change(getattr(plan.tensors, name))
+            super().append(plan, agents)
+
+    return Tampered
+
+
+class ForgottenBegin(Steps):
+    """The mistake: a step is run without counting its rows on the device, as without a second begin."""
+
+    def append(self, plan, agents):
+        self.pool.seq_lens.index_add_(0, plan._slots, -plan._counts)
+        super().append(plan, agents)
+
+
+MISTAKES = {
+    "rows in another order": tampered(row_back=lambda t: t.copy_(t.flip(0))),
+    "a row of another agent": tampered(row_slot=lambda t: t.copy_(t.roll(1))),
+    "a begin is missing": ForgottenBegin,
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_control_a_step_with_a_mistake_is_caught(mistake):
+    quick = settings(
+        max_examples=5000,
+        stateful_step_count=25,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+    )
+    with pytest.raises((AssertionError, IndexError)):
+        run_state_machine_as_test(MISTAKES[mistake], settings=quick)
 
 
 # -- one by one --------------------------------------------------------------------------------------------------------
