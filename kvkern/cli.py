@@ -1,4 +1,4 @@
-"""The command line: publish, inspect, verify, ask, fit, demo, env.
+"""The command line: publish, inspect, verify, ask, fit, demo, check, env.
 
     $ kvkern inspect handbook.kv
     handbook.kv  3,774 tokens  36 layers  8 kv heads of 128  bfloat16  530.7 MiB
@@ -401,6 +401,30 @@ def demo(
         json=as_json,
         out_dir=keep,
     )
+
+
+@app.command()
+@_command
+def check(
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or name of a model; by default a tiny random one.")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    backend: BackendOption = None,
+    seed: Annotated[int | None, typer.Option(help="Of all random values; by default drawn afresh.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check on this machine what kvkern promises: kernels, bits, rounding classes, documents; each with a control.
+
+    The exit code is 1 if something did not hold. What is not checked is said, and counts as neither.
+    Ctrl-C prints what held so far; the exit code is then 130.
+    """
+    from kvkern.checks.run import run
+
+    held = run(model=model, dtype=dtype, device=device, backend=backend, seed=seed, as_json=as_json)
+    if not held:
+        raise typer.Exit(1)
 
 
 @app.command()

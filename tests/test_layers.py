@@ -36,7 +36,9 @@ LAYERS = (
     ("generate", "engine"),
     (
         *("scratch", "opening", "console", "answers", "demo_model", "ledger", "attach", "demo"),
-        *("checks.__init__", "checks.assertions", "cli", "__init__"),
+        *("checks.__init__", "checks.assertions", "checks.tiny", "checks.subject", "checks.cases", "checks.serving"),
+        *("checks.options", "checks.conftest", "checks.test_contract", "checks.test_bits", "checks.test_rounding"),
+        *("checks.test_documents", "checks.events", "checks.run", "cli", "__init__"),
     ),
 )
 PLACE = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
