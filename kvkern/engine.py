@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from kvkern.linear import Rounding, measure
 from kvkern.pages import PagePool
 from kvkern.plan import AgentRows, Plan
 from kvkern.prefix import SharedPrefix
-from kvkern.publish import Document, check_document, check_ids
+from kvkern.publish import Document, Question, check_document, check_ids, is_conversation
 from kvkern.sampling import SamplingParams, TextStream, sample
 from kvkern.scheduler import EXTEND_CHUNK, FINISHED, Scheduler, Step
 from kvkern.scheduler import Sequence as Suffix
@@ -164,7 +164,7 @@ class Engine:
     def ask(
         self,
         document: Document,
-        questions: Iterable[str | Sequence[int]],
+        questions: Iterable[Question | Sequence[int]],
         *,
         ordered: bool = False,
         generation_config: Any = None,
@@ -174,7 +174,7 @@ class Engine:
     ) -> Iterator[Answer]:
         """Ask every question about one document; yields each Answer as it ends, or in input order with ordered=True.
 
-        questions          texts, or token ids of suffixes; taken as the queue has room for them
+        questions          texts, conversations since the document, or token ids of suffixes; taken as the queue has room for them
         generation_config  a transformers GenerationConfig; the model's own if None
         seed               question i draws with seed + i
         options            fields of GenerationConfig that come first: max_new_tokens, do_sample, temperature, stop_strings, ...
@@ -192,7 +192,7 @@ class Engine:
     def _answers(
         self,
         document: Document,
-        questions: Iterable[str | Sequence[int]],
+        questions: Iterable[Question | Sequence[int]],
         params: SamplingParams,
         seed: int,
         kwargs: dict[str, Any],
@@ -205,7 +205,7 @@ class Engine:
     def stream(
         self,
         document: Document,
-        questions: Iterable[str | Sequence[int]],
+        questions: Iterable[Question | Sequence[int]],
         *,
         generation_config: Any = None,
         seed: int = 0,
@@ -220,7 +220,7 @@ class Engine:
     def _stream(
         self,
         document: Document,
-        questions: Iterable[str | Sequence[int]],
+        questions: Iterable[Question | Sequence[int]],
         params: SamplingParams,
         seed: int,
         kwargs: dict[str, Any],
@@ -265,7 +265,7 @@ class Engine:
     def submit(
         self,
         document: Document,
-        question: str | Sequence[int],
+        question: Question | Sequence[int],
         *,
         generation_config: Any = None,
         seed: int = 0,
@@ -285,7 +285,7 @@ class Engine:
     def _submit(
         self,
         document: Document,
-        question: str | Sequence[int],
+        question: Question | Sequence[int],
         params: SamplingParams,
         seed: int,
         index: int,
@@ -468,17 +468,17 @@ class Engine:
             params = SamplingParams(**{**vars(params), "eos_token_ids": frozenset([self.tokenizer.eos_token_id])})
         return params
 
-    def _tokens(self, document: Document, question: str | Sequence[int], kwargs: dict[str, Any]) -> list[int]:
-        if isinstance(question, str):
+    def _tokens(self, document: Document, question: Question | Sequence[int], kwargs: dict[str, Any]) -> list[int]:
+        if isinstance(question, str) or is_conversation(question):
             return document.question_ids(question, kwargs)
         if not isinstance(question, (Sequence, Tensor)) or not all(map(_is_id, question)):
             raise RequestError(
                 "question",
                 found=type(question).__name__,
-                needed="a text, or token ids",
-                do="give each question as one text or one list of token ids",
+                needed="a text, messages, or token ids",
+                do="give each question as one text, one conversation since the document, or one list of token ids",
             )
-        tokens = [int(token) for token in question]
+        tokens = [int(token) for token in cast("Sequence[int]", question)]
         check_ids(tokens, self.model.config.vocab_size, "question")
         return tokens
 

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 import torch
@@ -28,7 +28,9 @@ STAND_IN = "document"
 ANY_QUESTION = "Why?"
 """Rendered where a document is published, to see whether a question can follow it."""
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+Question = str | Messages
+"""A question, or the conversation since the document, whose last message is to be answered."""
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
 
@@ -78,9 +80,16 @@ class Wording:
         self.question_ids(ANY_QUESTION, {})  # One must be able to follow.
         return ids
 
-    def question_ids(self, question: str, template_kwargs: Mapping[str, Any]) -> list[int]:
-        """Tokens that a question adds, up to where the answer begins."""
+    def question_ids(self, question: Question, template_kwargs: Mapping[str, Any]) -> list[int]:
+        """Tokens that a question, or a conversation, adds, up to where the answer begins."""
         if not self.chat:
+            if not isinstance(question, str):
+                raise TemplateError(
+                    "chat",
+                    found="a conversation",
+                    needed="a text for a document published with chat=False",
+                    do="give the text that goes on, or publish with chat=True",
+                )
             if template_kwargs:
                 raise TemplateError(
                     "template_kwargs",
@@ -92,7 +101,8 @@ class Wording:
             return ids
         base = [{"role": "system", "content": STAND_IN}, *self.turns]
         before = self._render(base, {})
-        return self._after(before, [*base, {"role": "user", "content": question}], template_kwargs, question=True)
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        return self._after(before, [*base, *asked], template_kwargs, question=True)
 
     def _render(self, messages: Messages, template_kwargs: Mapping[str, Any], *, question: bool = False) -> list[int]:
         kwargs = {**self.template_kwargs, **template_kwargs}
@@ -133,9 +143,10 @@ class Document(SharedPrefix):
     max_positions: int
     vocab_size: int
 
-    def encode_ids(self, questions: Sequence[str], **template_kwargs: Any) -> list[list[int]]:
+    def encode_ids(self, questions: Sequence[Question], **template_kwargs: Any) -> list[list[int]]:
         """Token ids of each question's suffix, unpadded.
 
+        questions        texts, or conversations since the document: messages [{"role", "content"}, ...] below a chat document
         template_kwargs  keywords of the chat template, on top of those given to publish
 
         Raises RequestError for an empty question, CapacityError for one that leaves no position for an answer,
@@ -147,9 +158,9 @@ class Document(SharedPrefix):
         ]
 
     def question_ids(
-        self, question: str, template_kwargs: Mapping[str, Any] | None = None, *, field: str = "question"
+        self, question: Question, template_kwargs: Mapping[str, Any] | None = None, *, field: str = "question"
     ) -> list[int]:
-        """Token ids of one question's suffix; `field` is its name in errors, which are those of `encode_ids`."""
+        """Token ids of one question's suffix, or of a conversation's; `field` is its name in errors, which are those of `encode_ids`."""
         self.block()  # A released document is refused.
         if self.wording.tokenizer is None:
             raise RequestError(
@@ -158,8 +169,13 @@ class Document(SharedPrefix):
                 needed="a tokenizer",
                 do="publish or load the document with one, or pass token ids",
             )
-        if not isinstance(question, str) or not question.strip():
-            raise RequestError(field, found=repr(question), needed="a text that is not empty", do="leave it out")
+        if not (question.strip() if isinstance(question, str) else is_conversation(question)):
+            raise RequestError(
+                field,
+                found=repr(question),
+                needed="a text that is not empty, or messages with role and content",
+                do="leave it out",
+            )
         ids = self.wording.question_ids(question, template_kwargs or {})
         check_ids(ids, self.vocab_size, field)
         if self.end + len(ids) >= self.max_positions:
@@ -171,12 +187,14 @@ class Document(SharedPrefix):
             )
         return ids
 
-    def encode(self, questions: Sequence[str] | str, **template_kwargs: Any) -> dict[str, Tensor]:
+    def encode(self, questions: Sequence[Question] | Question, **template_kwargs: Any) -> dict[str, Tensor]:
         """{input_ids, attention_mask} of the suffixes, int64 [questions, longest], padded on the left, on the document's device.
+
+        questions  one or many, as `encode_ids` takes them
 
         Raises as `encode_ids` does.
         """
-        asked = [questions] if isinstance(questions, str) else list(questions)
+        asked: list[Any] = [questions] if isinstance(questions, str) or is_conversation(questions) else list(questions)
         if not asked:
             raise RequestError("questions", found="none", needed="at least one", do="ask something")
         suffixes = self.encode_ids(asked, **template_kwargs)
@@ -195,6 +213,16 @@ class Document(SharedPrefix):
     def save(self, path: str | Path, *, progress: Progress | None = None) -> None:
         """Write the .kv file (see `store`): whole or not at all. Raises StoreError."""
         store.save(self, path, progress=progress)
+
+
+def is_conversation(question: Any) -> TypeGuard[Messages]:
+    """Whether it is messages, at least one, each with a role and a content or whatever else its template reads."""
+    return (
+        isinstance(question, Sequence)
+        and not isinstance(question, str)
+        and len(question) > 0
+        and all(isinstance(message, Mapping) and "role" in message for message in question)
+    )
 
 
 def publish(

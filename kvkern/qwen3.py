@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvkern.attention import shared_prefix_attention
-from kvkern.errors import DeviceError, RequestError, ShapeError, UnsupportedError
+from kvkern.errors import CapacityError, DeviceError, ShapeError, UnsupportedError
 from kvkern.geometry import PAGE, Geometry
 from kvkern.pages import PagePool
 from kvkern.plan import AgentRows, Plan
@@ -103,7 +103,8 @@ def check_model(model: Any) -> torch.device:
             "attn_implementation",
             found=repr(found),
             needed=repr(NAME),
-            do="load the model with attn_implementation='kvkern', or call model.set_attn_implementation('kvkern')",
+            do="load the model with attn_implementation='kvkern', or call model.set_attn_implementation('kvkern'); a model that "
+            "keeps its own all the same takes no attention from outside, and cannot be served",
         )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (
@@ -113,7 +114,7 @@ def check_model(model: Any) -> torch.device:
             "model.layer_types",
             found=f"{sorted(kinds)}, sliding_window={getattr(config, 'sliding_window', None)}",
             needed="full attention in every layer",
-            do="use a model without sliding windows",
+            do="use a model with plain causal attention, without sliding windows or other kinds of layers",
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
@@ -152,6 +153,7 @@ class _CarrierLayer(CacheLayerMixin):
     """A layer that stores nothing: it hands its cache to the attention function on the key tensor."""
 
     is_compileable = False
+    is_croppable = True
     is_sliding = False
 
     def __init__(self, cache: CarrierCache, index: int) -> None:
@@ -205,19 +207,38 @@ class PrefillCache(CarrierCache):
     """A document that is being read: keys and values go to the prefix's block, attention is torch's own over all of it.
 
     Feed chunks in order through `model(chunk, position_ids=..., past_key_values=cache)` and call `advance` after each.
+    Raises UnsupportedError where the model's layers do not hand over keys and values of the prefix's geometry.
     """
 
     def __init__(self, prefix: SharedPrefix) -> None:
         super().__init__(prefix.geometry.layers)
         self.prefix = prefix
         self.filled = 0
+        self._attended: set[int] = set()
 
     def advance(self, tokens: int) -> None:
+        layers = self.prefix.geometry.layers
+        if len(self._attended) != layers:
+            raise self._unsupported(f"{len(self._attended)} of {layers} layers that call the attention function")
+        self._attended.clear()
         self.filled += tokens
 
+    def _unsupported(self, found: str) -> UnsupportedError:
+        g = self.prefix.geometry
+        return UnsupportedError(
+            "model.attention",
+            found=found,
+            needed=f"{g.layers} layers that call it with {g.num_kv_heads} kv heads of {g.head_dim}",
+            do="use a model with plain grouped-query attention",
+        )
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> Tensor:
+        g, tokens = self.prefix.geometry, q.shape[2]
+        for heads in (k, v):
+            if heads.shape != (1, g.num_kv_heads, tokens, g.head_dim):
+                raise self._unsupported(f"{heads.shape[1]} kv heads of {heads.shape[3]} in layer {layer}")
+        self._attended.add(layer)
         block = self.prefix.block()[layer]
-        tokens = q.shape[2]
         begin, end = self.filled, self.filled + tokens
         block[0, :, begin:end] = k[0]
         block[1, :, begin:end] = v[0]
@@ -234,54 +255,95 @@ class PrefillCache(CarrierCache):
 
 
 class SuffixCache(CarrierCache):
-    """The suffixes of a left-padded batch below one prefix, for transformers' own generate.
+    """The suffixes of a batch below one prefix, for transformers' own generate; one that is returned may be continued.
 
     prefix      the leaf of every row's path
-    lengths     suffix tokens of each row of the first forward; what lies left of them is padding
+    rows        suffixes in the batch
     capacity    tokens that a suffix may come to, question and answer
+    tokens      token ids that each row's pages hold, as far as they are known: `generate` writes them down
+    reused      tokens of each row that the last generate took from the pages instead of computing them
+    beams       whether its rows are a beam search's, which belong to no returned sequence
 
-    The length it reports is that of the padded suffix, so position_ids must be given: prefix.end + index in the suffix.
+    transformers counts columns of a left-padded batch; here a row has tokens. Columns left of a row's `start` are padding, or
+    are in its pages already, and are not computed. The length it reports is in columns and without the prefix, so position_ids
+    must be given: prefix.end + index in the suffix.
     """
 
     def __init__(
-        self,
-        prefix: SharedPrefix,
-        geometry: Geometry,
-        lengths: Sequence[int],
-        *,
-        capacity: int,
-        backend: str | None = None,
+        self, prefix: SharedPrefix, geometry: Geometry, rows: int, *, capacity: int, backend: str | None = None
     ) -> None:
         super().__init__(geometry.layers)
-        pages = -(-capacity // PAGE)
         self.prefix, self.backend = prefix, backend
-        self.pool = PagePool(
-            geometry, pages * len(lengths), slots=len(lengths), max_pages_per_slot=pages, device=prefix.device
-        )
-        self.slots = [self.pool.acquire_slot() for _ in lengths]
-        self._first = list(lengths)
+        self.pool = _suffix_pool(geometry, rows, capacity, prefix.device)
+        self.slots = [self.pool.acquire_slot() for _ in range(rows)]
+        self.starts = [0] * rows
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.reused = [0] * rows
+        self.beams = False
         self._plan: Plan | None = None
         self._rows: Tensor | None = None
 
-    def _begin(self, batch: int, tokens: int) -> None:
-        """A plan for this forward: the rows that are no padding, each agent's last `count` columns."""
-        if batch != len(self.slots):
+    @property
+    def batch_size(self) -> int:
+        return len(self.slots)
+
+    def resume(self, prompts: Sequence[Sequence[int]], width: int, *, capacity: int) -> None:
+        """Make ready for `prompts`, which end at column `width` each: keep what the pages hold of them, forget the rest.
+
+        prompts   token ids of each row, its whole suffix; at least its last token is computed
+        capacity  tokens that a suffix may come to
+
+        Raises ShapeError for another number of rows.
+        """
+        self._need_rows(len(prompts))
+        if self.pool.max_pages_per_slot * PAGE < capacity:
+            self._move(len(prompts), capacity)
+        for row, (slot, known, prompt) in enumerate(zip(self.slots, self.tokens, prompts, strict=True)):
+            pairs = zip(known, prompt[:-1], strict=False)
+            kept = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(prompt) - 1))
+            self.pool.truncate(slot, kept)
+            self.tokens[row], self.reused[row] = list(prompt[:kept]), kept
+            self.starts[row] = width - (len(prompt) - kept)
+        # A prompt of which nothing is kept is fed from its first column, padding included, as any other cache is.
+        self.seq_length = min(self.starts) if any(self.reused) else 0
+
+    def _move(self, rows: int, capacity: int) -> None:
+        """Carry all rows over to a pool with room for more tokens."""
+        old, self.pool = self.pool, _suffix_pool(self.pool.geometry, rows, capacity, self.pool.device)
+        moved = []
+        for slot in self.slots:
+            fresh, length = self.pool.acquire_slot(), old.length(slot)
+            self.pool.reserve(fresh, length)
+            self.pool.advance(fresh, length)
+            self.pool.seq_lens[fresh] = length
+            pages = old.table(slot)[: -(-length // PAGE)]
+            self.pool.pages[:, :, self.pool.table(fresh)] = old.pages[:, :, pages]
+            moved.append(fresh)
+        self.slots, self._plan = moved, None
+
+    def _need_rows(self, rows: int) -> None:
+        if rows != len(self.slots):
             raise ShapeError(
                 "input_ids",
-                found=f"a batch of {batch}",
+                found=f"a batch of {rows}",
                 needed=f"{len(self.slots)} as in the first forward",
                 do="keep the batch together",
             )
-        counts = [min(n, tokens) for n in self._first] if self.seq_length == 0 else [tokens] * batch
-        for slot, count in zip(self.slots, counts, strict=True):
-            self.pool.reserve(slot, count)
-        if self._plan is None or [agent.rows for agent in self._plan.agents] != counts:
-            agents = [AgentRows(slot, self.prefix, count) for slot, count in zip(self.slots, counts, strict=True)]
+
+    def _begin(self, batch: int, tokens: int) -> None:
+        """A plan for this forward: each row's last `count` columns, those that are neither padding nor in its pages."""
+        self._need_rows(batch)
+        begin, end = self.seq_length, self.seq_length + tokens
+        counts = [max(0, end - max(start, begin)) for start in self.starts]
+        agents = [AgentRows(s, self.prefix, n) for s, n in zip(self.slots, counts, strict=True) if n]
+        for agent in agents:
+            self.pool.reserve(agent.slot, agent.rows)
+        if self._plan is None or list(self._plan.agents) != agents:
             self._plan = Plan.make(self.pool, agents)
             rows = [b * tokens + t for b, n in enumerate(counts) for t in range(tokens - n, tokens)]
             self._rows = torch.tensor(rows, device=self.pool.device)
         self._plan.begin()
-        self.seq_length += tokens
+        self.seq_length = end
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> Tensor:
         batch, heads, tokens, head_dim = q.shape
@@ -296,7 +358,47 @@ class SuffixCache(CarrierCache):
         out[self._rows] = o
         return out.view(batch, tokens, heads, head_dim)
 
+    # -- what transformers does to a cache ------------------------------------------------------------------------------
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i becomes what row indices[i] was; rows that several become share its pages until they are written."""
+        sources = (torch.arange(len(self.slots))[indices.cpu()] if indices.dtype == torch.bool else indices).tolist()
+        if len(sources) > self.pool.slots:
+            raise CapacityError(
+                "rows", found=len(sources), needed=f"at most {self.pool.slots}", do="generate with as many rows at once"
+            )
+        for row in set(range(len(self.slots))) - set(sources):
+            self.pool.release_slot(self.slots[row])
+        slots, taken = [], set()
+        for row in sources:
+            slots.append(self.pool.fork(self.slots[row]) if row in taken else self.slots[row])
+            taken.add(row)
+        self.slots = slots
+        self.starts = [self.starts[row] for row in sources]
+        self.tokens = [list(self.tokens[row]) for row in sources]
+        self.reused = [self.reused[row] for row in sources]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise RequestError(
-            "num_beams", found="beams over a prefix", needed="num_beams=1", do="use greedy search or sampling"
-        )
+        self.batch_select_indices(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns; as transformers has it, a number below 0 of them, or one above 0 to keep."""
+        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seq_length - tokens_to_remove)
+        end = max(0, self.seq_length - gone)
+        for row, (slot, start) in enumerate(zip(self.slots, self.starts, strict=True)):
+            length = self.pool.length(slot) - max(0, self.seq_length - max(start, end))
+            self.pool.truncate(slot, length)
+            del self.tokens[row][length:]
+        self.seq_length = end
+
+    def reset(self) -> None:
+        """Forget all suffixes; the prefix stays."""
+        for slot in self.slots:
+            self.pool.truncate(slot, 0)
+        self.tokens = [[] for _ in self.slots]
+        self.starts, self.seq_length = [0] * len(self.slots), 0
+
+
+def _suffix_pool(geometry: Geometry, rows: int, capacity: int, device: torch.device) -> PagePool:
+    pages = -(-capacity // PAGE)
+    return PagePool(geometry, pages * rows, slots=rows, max_pages_per_slot=pages, device=device)

@@ -10,7 +10,17 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a"), ("e", "r"), ("o", "n"), ("a", "n"), ("Ġ", "p")]
@@ -22,6 +32,22 @@ CHATML = """\
 {% if loop.first and date is defined %}Today is {{ date }}. {% endif %}{{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% if mood is defined %}[{{ mood }}] {% endif %}{% endif %}"""
+
+QWEN3 = """\
+{%- set last = namespace(query=0) %}
+{%- for m in messages %}{% if m.role == "user" %}{% set last.query = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "assistant" and "</think>" in m.content and loop.index0 < last.query %}
+{{- m.content.split("</think>")[-1].lstrip() }}
+{%- else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+"""What Qwen3's template does: the thoughts of earlier turns are left out."""
 
 TEXT = (
     "The pump starts when the valve is open. A valve opens by hand, or when pressure in the second tank falls below two "
@@ -54,10 +80,19 @@ def tiny_tokenizer(template: str | None = CHATML, **options: Any) -> PreTrainedT
     return tokenizer
 
 
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+}
+"""Models with plain causal attention: class, config and what the config must be told."""
+
+
 def tiny_model(
     kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "kvkern", **config: Any
 ) -> Any:
-    """A random Qwen3 or Llama whose tokens depend on all that it sees; the same seed is the same weights in any process."""
+    """A random model of one of KINDS whose tokens depend on all that it sees; the same seed is the same weights in any process."""
     shape: dict[str, Any] = dict(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
@@ -72,10 +107,13 @@ def tiny_model(
         eos_token_id=None,
         pad_token_id=None,
     )
-    make, settings = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "llama": (LlamaForCausalLM, LlamaConfig)}[kind]
+    make, settings, needed = KINDS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _to(make(settings(**{**shape, **config})).eval(), dtype)
+        model = _to(make(settings(**{**shape, **needed, **config})).eval(), dtype)
+        for name, bias in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(bias)  # a fresh model's are zero, and would tell of nothing
     model.set_attn_implementation(attention)
     return model
 

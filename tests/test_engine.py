@@ -138,6 +138,17 @@ def test_token_ids_are_questions_too(doc, engine):
     assert tokens(ask(engine, doc, [torch.tensor(ids) for ids in given])) == expected
 
 
+def test_conversations_are_questions_too(model, tokenizer, doc, engine):
+    turns = [("user", "What starts?"), ("assistant", "The pump."), ("user", "And then?")]
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    answers = list(engine.ask(doc, [conversation, "Why?", conversation[:1]], ordered=True, max_new_tokens=6))
+    messages = [{"role": "system", "content": TEXT}, *conversation]
+    for answer, length in ((answers[0], 4), (answers[2], 2)):
+        ids = tokenizer.apply_chat_template(messages[:length], add_generation_prompt=True, return_dict=False)
+        assert list(answer.token_ids) == scratch_answer(twin(model), ids, len(answer.token_ids))
+    assert answers[0].token_ids != answers[2].token_ids
+
+
 def test_template_keywords_of_a_question_go_along(model, tokenizer, doc, engine, reference):
     whole = conversation(tokenizer, TEXT, QUESTIONS[1], mood="sad")
     answers = ask(engine, doc, QUESTIONS[1:2], template_kwargs={"mood": "sad"})

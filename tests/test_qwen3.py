@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import QUESTIONS, TEXT, tiny_model, tiny_tokenizer, twin
+from models import KINDS, QUESTIONS, TEXT, tiny_model, tiny_tokenizer, twin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, Qwen3ForCausalLM, StaticCache
 
 import kvkern
 from kvkern import qwen3
-from kvkern.errors import DeviceError, RequestError, ShapeError, UnsupportedError
+from kvkern.errors import DeviceError, ShapeError, UnsupportedError
 from kvkern.plan import AgentRows, Plan
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
+@pytest.fixture(scope="module", params=list(KINDS))
 def model(request) -> Any:
     return tiny_model(request.param)
 
@@ -77,6 +77,59 @@ def test_training_without_a_prefix_is_sdpas(model):
         trained(input_ids=ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in trained.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_in_training_is_sdpas(model):
+    ids = torch.randint(300, (2, 17))
+    losses = []
+    for attention in ("kvkern", "sdpa"):
+        trained = twin(model, attention).train()
+        for layer in trained.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        torch.manual_seed(1)
+        losses.append([trained(input_ids=ids, labels=ids).loss for _ in range(2)])
+    assert losses[0][0] == losses[1][0] and losses[0][1] == losses[1][1]
+    assert losses[0][0] != losses[0][1], "nothing was dropped"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 9},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"repetition_penalty": 1.3},
+        {"use_cache": False},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_transformers_own_generate_without_a_prefix_is_as_with_sdpa(model, options):
+    batch = {"input_ids": torch.randint(300, (1, 24))}
+    found = []
+    for made in (model, twin(model, "sdpa")):
+        torch.manual_seed(2)
+        made.generation_config.disable_compile = True  # a static cache is compiled otherwise, on the CPU as well
+        found.append(made.generate(**batch, max_new_tokens=8, **{"do_sample": False, "pad_token_id": 0, **options}))
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_model_goes_back_to_sdpa_and_comes_again(model, tokenizer):
+    made = twin(model, "kvkern")
+    other, ids = twin(model, "sdpa"), torch.randint(300, (2, 9))
+    doc = kvkern.publish(made, tokenizer, TEXT)
+    batch = doc.encode(QUESTIONS[:3])
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    answers = kvkern.generate(made, doc, **batch, **options)
+    for attention in ("sdpa", "eager", "kvkern"):
+        made.set_attn_implementation(attention)
+        other.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+        assert torch.equal(made(input_ids=ids).logits, other(input_ids=ids).logits)
+        if attention != "kvkern":
+            with pytest.raises(UnsupportedError, match=f"attn_implementation: found '{attention}'"):
+                kvkern.generate(made, doc, **batch, **options)
+    assert torch.equal(kvkern.generate(made, doc, **batch, **options), answers)
 
 
 def test_control_another_mask_is_no_longer_sdpa(model):
@@ -178,10 +231,13 @@ def test_weights_classes_and_config_stay_untouched(tokenizer):
     before = {name: (t.data_ptr(), t._version, t.clone()) for name, t in model.state_dict().items()}
     classes = [type(m) for m in model.modules()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    names = set(vars(model))
     methods = [{name for name in vars(m) if callable(vars(m)[name])} for m in model.modules()]
     config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     with kvkern.publish(model, tokenizer, TEXT) as doc:
-        kvkern.generate(model, doc, **doc.encode(QUESTIONS[:2]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+        for options in ({}, {"num_beams": 2}, {"repetition_penalty": 1.3}):
+            batch = doc.encode(QUESTIONS[:2])
+            kvkern.generate(model, doc, **batch, max_new_tokens=2, do_sample=False, pad_token_id=0, **options)
         assert len(list(kvkern.Engine(model, tokenizer).ask(doc, QUESTIONS[:2], max_new_tokens=2))) == 2
     after = model.state_dict()
     assert list(after) == list(before)
@@ -190,6 +246,7 @@ def test_weights_classes_and_config_stay_untouched(tokenizer):
     assert type(model) is Qwen3ForCausalLM and [type(m) for m in model.modules()] == classes
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert [{name for name in vars(m) if callable(vars(m)[name])} for m in model.modules()] == methods
+    assert set(vars(model)) == names
     assert model.config.to_dict() == config.to_dict()
     assert model.generation_config.to_dict() == generation.to_dict()
 
@@ -335,9 +392,33 @@ def test_a_step_compiles_as_one_graph_and_serves_another_plan(stepper):
 
 def test_the_suffix_cache_keeps_its_batch_together(model, tokenizer):
     with kvkern.publish(model, tokenizer, TEXT) as doc:
-        cache = qwen3.SuffixCache(doc, doc.geometry, [3, 2], capacity=8)
+        cache = qwen3.SuffixCache(doc, doc.geometry, 2, capacity=8)
         q = torch.randn(3, 4, 3, 16)
         with pytest.raises(ShapeError, match="a batch of 3"):
             cache.attend(0, q, q[:, :2], q[:, :2], None)
-        with pytest.raises(RequestError, match="num_beams"):
-            cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(ShapeError, match="a batch of 1, needed 2"):
+            cache.resume([[1, 2]], 2, capacity=8)
+
+
+def forget_a_layer(cache, layer, *args):
+    return torch.zeros(1, args[0].shape[2], 4, 16) if layer else ATTEND(cache, layer, *args)
+
+
+def hand_over_wider_heads(cache, layer, q, k, v, sm_scale):
+    return ATTEND(cache, layer, q, k, torch.cat([v, v], dim=3), sm_scale)
+
+
+ATTEND = qwen3.PrefillCache.attend
+MISTAKES = {
+    "1 of 2 layers that call the attention function": forget_a_layer,
+    "2 kv heads of 32 in layer 0": hand_over_wider_heads,
+}
+
+
+@pytest.mark.parametrize("found", MISTAKES)
+def test_layers_that_hand_over_something_else_are_refused(tokenizer, monkeypatch, found):
+    monkeypatch.setattr(qwen3.PrefillCache, "attend", MISTAKES[found])
+    with pytest.raises(UnsupportedError) as caught:
+        kvkern.publish(tiny_model(), tokenizer, TEXT)
+    assert (caught.value.field, caught.value.found) == ("model.attention", found)
+    assert "2 kv heads of 16" in caught.value.needed and caught.value.do
