@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvkern.errors import CapacityError, DeviceError, ReadOnlyError, RequestError, ShapeError
-from kvkern.geometry import next_power_of_2, num_segments
+from kvkern.errors import CapacityError, DeviceError, DtypeError, ReadOnlyError, RequestError, ShapeError
+from kvkern.geometry import PAGE, next_power_of_2, num_segments
 from kvkern.pages import PagePool
 from kvkern.prefix import SharedPrefix
 
@@ -99,7 +99,8 @@ class Plan:
         workers_per_node  runs that a node's segments are cut into; the bits do not depend on it
 
         Raises RequestError (no agent, a slot twice, no rows), ReadOnlyError (a released prefix), ShapeError or DeviceError
-        (a prefix of another geometry or device than the pool's), CapacityError (more rows than the bucket holds).
+        (a prefix of another geometry or device than the pool's), CapacityError (more rows than the bucket holds); ShapeError,
+        DtypeError or DeviceError too for pages that were put into the pool and are not as it would have made them.
         """
         _check(pool, agents, workers_per_node)
         keys = _path_keys(agents)
@@ -201,6 +202,7 @@ def _check(pool: PagePool, agents: Sequence[AgentRows], workers_per_node: int) -
         raise RequestError(
             "agents", found="none", needed="at least one", do="make a plan only for a step that has rows"
         )
+    _check_pages(pool)
     if workers_per_node < 1:
         raise RequestError("workers_per_node", found=workers_per_node, needed="at least 1", do="leave it out")
     seen: set[int] = set()
@@ -231,6 +233,29 @@ def _check(pool: PagePool, agents: Sequence[AgentRows], workers_per_node: int) -
                     needed=f"{pool.geometry} on {pool.device} as in the pool",
                     do="make pool and prefix for one model",
                 )
+
+
+def _check_pages(pool: PagePool) -> None:
+    """Pages may be somebody else's memory, of any strides but the last; their shape is what tables and kernels count in."""
+    g, pages = pool.geometry, pool.pages
+    needed = (g.layers, 2, pool.num_pages, g.num_kv_heads, PAGE, g.head_dim)
+    if tuple(pages.shape) != needed:
+        raise ShapeError(
+            "pages",
+            found=list(pages.shape),
+            needed=f"{list(needed)}, pages of {PAGE} tokens",
+            do="view larger pages as several of this size",
+        )
+    if pages.stride(-1) != 1:
+        raise ShapeError(
+            "pages.stride(-1)", found=pages.stride(-1), needed=1, do="lay the elements of a head side by side"
+        )
+    if pages.dtype != g.dtype:
+        raise DtypeError("pages", found=pages.dtype, needed=f"{g.dtype} as in the pool's geometry", do="convert them")
+    if pages.device != pool.page_table.device:
+        raise DeviceError(
+            "pages", found=pages.device, needed=f"{pool.page_table.device} as the page table", do="move them there"
+        )
 
 
 def _path_keys(agents: Sequence[AgentRows]) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvkern.errors import CapacityError, DeviceError, ReadOnlyError, RequestError, ShapeError
+from kvkern.errors import CapacityError, DeviceError, DtypeError, ReadOnlyError, RequestError, ShapeError
 from kvkern.geometry import PAGE, Geometry, num_segments
 from kvkern.pages import PagePool
 from kvkern.plan import AgentRows, Plan
@@ -520,6 +520,29 @@ def test_a_prefix_on_another_device_is_refused():
     prefix._sums = torch.zeros(1)  # published, as far as a plan can see: a block without memory has no sum
     with pytest.raises(DeviceError, match=r"^prefix: found Geometry.* on meta, needed .* on cpu as in the pool"):
         Plan.make(pool, [AgentRows(slots[0], prefix, 1)])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "field"),
+    [
+        (lambda pages: pages.new_zeros(1, 2, 4, 1, 32, 16), ShapeError, "pages"),
+        (lambda pages: pages[:, :, :3], ShapeError, "pages"),
+        (lambda pages: pages[:, 0], ShapeError, "pages"),
+        (lambda pages: torch.stack([pages, pages], dim=-1)[..., 0], ShapeError, r"pages\.stride\(-1\)"),
+        (lambda pages: pages.half(), DtypeError, "pages"),
+        (lambda pages: pages.to("meta"), DeviceError, "pages"),
+    ],
+    ids=["of 32 tokens", "too few", "keys alone", "stride", "dtype", "device"],
+)
+def test_pages_that_the_kernels_cannot_count_in_are_refused(change, error, field):
+    pool, slots = pool_of(slots=1)
+    agents = [AgentRows(slots[0], None, 1)]
+    pages = pool.pages
+    pool.pages = change(pages)
+    with pytest.raises(error, match=f"^{field}: found "):
+        Plan.make(pool, agents)
+    pool.pages = pages.transpose(3, 4).contiguous().transpose(3, 4)
+    Plan.make(pool, agents)  # a control: any strides but the last
 
 
 def test_a_bucket_that_is_too_small_and_no_workers_are_refused():
