@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import models
 import pytest
 import torch
 from helpers import assert_exact
@@ -287,6 +288,14 @@ def test_an_assistant_reads_the_whole_prompt(model, doc, shown, options, attenti
     assert found == expected
     half = len(shown) // 2
     assert half and shown[:half] == shown[half:]
+
+
+def test_an_assistant_with_a_tokenizer_of_its_own_reads_the_whole_text(model, tokenizer, doc, monkeypatch):
+    monkeypatch.setattr(models, "MERGES", models.MERGES[:3])
+    assistant = tiny_model(seed=3, num_hidden_layers=1, vocab_size=310, attention="sdpa")
+    options = {"assistant_model": assistant, "tokenizer": tokenizer, "assistant_tokenizer": tiny_tokenizer()}
+    found, expected = both(doc, model, doc.encode(QUESTIONS[:1]), max_new_tokens=16, **options, **GREEDY)
+    assert found == expected
 
 
 def test_an_assistant_that_is_always_right_saves_forwards(model, doc, monkeypatch):
