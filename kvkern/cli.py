@@ -412,7 +412,7 @@ def check(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
-    seed: Annotated[int | None, typer.Option(help="Of all random values; by default drawn afresh.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all random values; by default drawn afresh.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check on this machine what kvkern promises: kernels, bits, rounding classes, documents; each with a control.

@@ -122,6 +122,13 @@ def run(
         told["model"] = opening.source_of(model).name
     options = [f"--{name}={value}" for name, value in told.items() if value is not None]
     report, started = Report(), time.perf_counter()
+
+    def say() -> None:
+        report.seconds = time.perf_counter() - started
+        if model is not None:
+            report.subject["model"] = model
+        console.say(json.dumps(_fields(report)) if as_json else _table(report))
+
     try:
         with _progress(report) as progress, contextlib.closing(_events(report, options, seed)) as lines:
             for line in lines:
@@ -129,13 +136,10 @@ def run(
                 progress()
     except KeyboardInterrupt:
         report.close("interrupted")
-        raise
-    finally:
         if report.subject:
-            report.seconds = time.perf_counter() - started
-            if model is not None:
-                report.subject["model"] = model
-            console.say(json.dumps(_fields(report)) if as_json else _table(report))
+            say()
+        raise
+    say()
     return report.held
 
 
@@ -147,7 +151,7 @@ def _events(report: Report, options: list[str], seed: int | None) -> Generator[d
 
     Where it ends in the middle of a check, that check did not hold. Raises KvkernError where it ends before the first.
     """
-    with tempfile.TemporaryDirectory(prefix="kvkern-check-") as work, _log(work) as log:
+    with tempfile.TemporaryDirectory(prefix="kvkern-check-") as work, open(f"{work}/log", "w+b") as log:
         arguments = ["--rootdir", work, "-c", os.devnull, "--basetemp", f"{work}/files", "-p", "no:cacheprovider"]
         for plugin in PLUGINS:
             arguments += ["-p", plugin]
@@ -178,10 +182,6 @@ def _events(report: Report, options: list[str], seed: int | None) -> Generator[d
             log.seek(0)
             said = [line.decode(errors="replace").strip() for line in log if line.strip()]
             _ended_early(report, status, said[-1] if said else "nothing was said")
-
-
-def _log(work: str) -> Any:
-    return open(Path(work, "log"), "w+b")
 
 
 def _ended_early(report: Report, status: int, last: str) -> None:
@@ -245,7 +245,7 @@ def _table(report: Report) -> str:
     head = [
         ("model", f"{about['model']}  {about['geometry']}  {about['dtype']}"),
         ("backend", f"{about['backend']} on {about['device']}: {about['backend_why']}"),
-        ("kernels", f"in C++ for {about['instruction_set']}, {about['threads']} threads"),
+        ("kernels", f"in C++ for {about['instruction_set']}; {about['threads']} threads"),
         ("versions", "  ".join(f"{name} {found or 'not installed'}" for name, found in versions.items())),
     ]
     width = max(len(check.claim) for check in report.checks)

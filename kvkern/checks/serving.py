@@ -17,7 +17,7 @@ from kvkern.engine import Engine, Request
 from kvkern.geometry import PAGE
 from kvkern.publish import Document
 
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 """Of an answer."""
 
 

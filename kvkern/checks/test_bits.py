@@ -71,12 +71,13 @@ def test_order_and_placement(case: Case, backend: str) -> None:
 
 def test_control_fold(subject: Subject, case: Case, backend: str) -> None:
     """control: a fold in another order is caught"""
-    right = attend(backend, case)
+    some = case.only(*range(0, ROWS, 4))
+    right = attend(backend, some)
     with mistake(subject, fold_from_the_right):
-        wrong = attend(backend, case, workers_per_node=3)
-    assert_case_is_exact(wrong, case)  # as a result it is right; only its bits are others
+        wrong = attend(backend, some, workers_per_node=3)
+    assert_case_is_exact(wrong[:4], some.only(*range(4)))  # as a result it is right; only its bits are others
     with pytest.raises(AssertionError, match=CAUGHT):
-        for i in range(ROWS):
+        for i in range(len(wrong)):
             assert_same_rows(right[i], wrong[i], i)
 
 
@@ -95,7 +96,7 @@ def test_control_segments(case: Case, backend: str) -> None:
     among, some = attend(backend, case), range(0, ROWS, 8)
     with segments(case, 512):
         alone = [attend(backend, case.only(i))[0] for i in some]
-    assert_case_is_exact(alone, case.only(*some))
+    assert_case_is_exact(alone[:4], case.only(*some[:4]))
     with pytest.raises(AssertionError, match=CAUGHT):
         for i, out in zip(some, alone, strict=True):
             assert_same_rows(out, among[i], i)
@@ -130,8 +131,8 @@ def test_an_agent_alone_and_among_others(
 def test_agents_in_another_order(
     subject: Subject, document: Document, questions: dict[int, list[int]], among: dict[int, Served]
 ) -> None:
-    """bits: half of the agents, in another order"""
-    some = random.sample(sorted(questions), 8)
+    """bits: a few of the agents, in another order"""
+    some = random.sample(sorted(questions), 5)
     assert_same_served(serve(subject, document, {i: questions[i] for i in some}), among)
 
 

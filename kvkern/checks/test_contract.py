@@ -50,8 +50,8 @@ def test_ragged_suffixes(geometry: Geometry, device: torch.device, backend: str)
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_several_segments(geometry: Geometry, device: torch.device, backend: str, workers: int) -> None:
-    """contract: a prefix of three segments on {workers} worker(s)"""
-    case = decode_case(geometry, device, 8, 2049)  # two whole segments and one token
+    """contract: a prefix of three segments, cut for workers: {workers}"""
+    case = decode_case(geometry, device, 4, 2049)  # two whole segments and one token
     assert_case_is_exact(attend(backend, case, workers_per_node=workers), case)
 
 
@@ -85,7 +85,7 @@ def test_control_values_of_another_scale(geometry: Geometry, device: torch.devic
 
 def test_control_mask(subject: Subject, geometry: Geometry, device: torch.device) -> None:
     """control: rows that do not see their own token are caught"""
-    case = decode_case(geometry, device, 4, 300)
+    case = decode_case(geometry, device, 16, 40)
     with mistake(subject, own_token_unseen_in_a_batch):
         wrong = attend(subject.backend.name, case)
     with pytest.raises(AssertionError, match=r"o\[\d\]: (max|mean) error|not finite|infinity"):

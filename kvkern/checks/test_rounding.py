@@ -87,7 +87,7 @@ def test_buckets_outside(subject: Subject, record_property: Record) -> None:
     few = measure(subject.model, buckets=(*FEW_ROWS, *inside[:4]), head_buckets=usual.head.buckets[:1])
     outside = {**usual.layers.outside, **few.layers.outside}
     if not outside:
-        pytest.skip(f"no bucket is outside: {', '.join(map(str, [*FEW_ROWS, *inside]))} rows round alike here")
+        pytest.skip(f"none is outside: {FEW_ROWS[0]} to {inside[-1]} rows round alike here")
     for rows, why in sorted(outside.items()):
         record_property("detail", f"not {rows}: {why}")
         named = (*usual.probes, *few.probes)
