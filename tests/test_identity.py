@@ -549,13 +549,15 @@ def test_tensors_of_no_whole_words_are_summed_to_their_last_byte(dtype):
     assert module._sums(dict(held.state_dict())) == before
 
 
-def test_parts_of_a_tensor_have_the_sum_of_the_whole(monkeypatch):
+def test_parts_of_a_tensor_have_the_sum_and_the_digest_of_the_whole(monkeypatch):
+    """As on another device, where it is summed by torch a part at a time."""
     whole = torch.randint(0, 256, (1003,), dtype=torch.uint8)
-    monkeypatch.setattr(module, "_parts", lambda tensor: iter(tensor.split(64)))
+    reads = (module._tensor_sum, module._tensor_digest)
+    expected = [read(whole) for read in reads]
+    monkeypatch.setattr(module, "_parts", lambda tensor: (part.clone() for part in tensor.split(64)))
     monkeypatch.setattr(module, "COPY_BYTES", 64)
-    parted = module._tensor_sum(whole)
-    monkeypatch.undo()
-    assert parted == module._tensor_sum(whole)
+    monkeypatch.setattr(module.cpu, "block_sum", module.cpu.block_sum_torch)
+    assert [read(whole) for read in reads] == expected
 
 
 def test_names_shapes_and_dtypes_count():
