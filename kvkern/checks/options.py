@@ -1,4 +1,7 @@
-"""The options of `pytest --pyargs kvkern.checks`. They are known to pytest early enough only where this is loaded as a plugin."""
+"""The options of `pytest --pyargs kvkern.checks`, which pytest knows early enough only where this is loaded as a plugin.
+
+Write --model=FOLDER: after a space pytest takes a folder for one with tests, too, when it looks for its rootdir.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,9 @@ from kvkern.publish import Document
 NEW_TOKENS = 4
 """Of an answer."""
 
+GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+"""The largest logit alone: what a model's own settings make of logits is not what is compared."""
+
 
 class Served(NamedTuple):
     """What an engine made of one question: the logits of each new token [new, vocabulary], and the tokens.
@@ -58,8 +61,7 @@ def serve(
         debug=True,
     )
     engine.rows = {}
-    # The greedy choice alone: what a model's own settings do to logits is not what is compared.
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": []}
+    options: dict[str, Any] = {**GREEDY, "max_new_tokens": NEW_TOKENS, "eos_token_id": []}
     requests = {i: engine.submit(document, ids, index=i, **options) for i, ids in questions.items()}
     while engine.scheduler.unfinished:
         engine.step()
@@ -152,9 +154,9 @@ def from_scratch(subject: Subject, prompt: Sequence[int]) -> list[int]:
         out = subject.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            do_sample=False,
             max_new_tokens=NEW_TOKENS,
             pad_token_id=0,
+            **GREEDY,
         )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
