@@ -223,7 +223,7 @@ def attend(
     pool, pages = hostile_pool(g, sum(needed) + 3, len(case.agents) + 2, width=max(needed))
     slots = [pool.acquire_slot() for _ in case.agents]
     for slot, agent in zip(slots, case.agents, strict=True):
-        _write_history(pool, slot, agent, case.layer)
+        write_history(pool, slot, agent, case.layer)
     done = [0] * len(slots)
     outs: list[list[Out]] = [[] for _ in slots]
     while any(n < a.rows for n, a in zip(done, case.agents, strict=True)):
@@ -239,7 +239,7 @@ def attend(
     return [Out(*(torch.cat(parts) for parts in zip(*out, strict=True))) for out in outs]
 
 
-def _write_history(pool: PagePool, slot: int, agent: Agent, layer: int) -> None:
+def write_history(pool: PagePool, slot: int, agent: Agent, layer: int) -> None:
     """The tokens before this step, put into their pages one by one."""
     history = agent.k.shape[0] - agent.rows
     pool.reserve(slot, history)

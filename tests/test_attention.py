@@ -7,18 +7,24 @@ change, that padding rows give 0 and -inf, and that nothing reads NaN or a page 
 from __future__ import annotations
 
 import math
+import mmap
 import random
+import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from helpers import (
+    Out,
     assert_case_is_exact,
     assert_exact,
     assert_same_bits,
+    assert_same_rows,
     assert_untouched,
     attend,
     hostile_pool,
     plain_attention,
+    write_history,
 )
 
 import kvkern.attention
@@ -59,9 +65,11 @@ def test_prefixes_of_any_length(backend, make_case, prefix_tokens, dtype):
     assert_case_is_exact(attend(backend, case), case)
 
 
-@pytest.mark.parametrize("prefix_tokens", [16_386, 20_000])
-def test_prefixes_whose_segments_are_longer_than_1024_tokens(backend, make_case, prefix_tokens):
-    case = make_case(rows=3, prefix_tokens=prefix_tokens, num_kv_heads=1, head_dim=64, layers=1)
+@pytest.mark.parametrize(
+    ("prefix_tokens", "dtype"), [(16_386, torch.float32), (20_000, torch.float32), (20_000, torch.bfloat16)]
+)
+def test_prefixes_whose_segments_are_longer_than_1024_tokens(backend, make_case, prefix_tokens, dtype):
+    case = make_case(rows=3, prefix_tokens=prefix_tokens, num_kv_heads=1, head_dim=64, layers=1, dtype=dtype)
     assert case.agents[0].node.segment_tokens > 1024
     assert_case_is_exact(attend(backend, case), case)
 
@@ -69,7 +77,7 @@ def test_prefixes_whose_segments_are_longer_than_1024_tokens(backend, make_case,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix_tokens", [0, 127])
 def test_suffixes_of_any_length(backend, make_case, prefix_tokens, dtype):
-    lengths = [1, 15, 16, 17, 63, 64, 65, 300, 1023, 1024, 1025, 2100]
+    lengths = [1, 15, 16, 17, 63, 64, 65, 300, 1023, 1024, 1025, 2500]
     case = make_case(
         rows=len(lengths), prefix_tokens=prefix_tokens, suffix_tokens=lengths, num_kv_heads=1, G=2, dtype=dtype
     )
@@ -78,7 +86,7 @@ def test_suffixes_of_any_length(backend, make_case, prefix_tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("G", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("G", [1, 2, 3, 4, 5, 6, 7, 8, 16])
 def test_heads_of_any_shape(backend, make_case, G, head_dim, dtype):
     case = make_case(
         tree={"doc": (129, None)},
@@ -96,6 +104,91 @@ def test_steps_of_any_number_of_rows(backend, make_case, rows):
     # With G = 3 a tile of 64 packed rows ends within the 22nd row.
     case = make_case(rows=rows, prefix_tokens=130, num_kv_heads=1, G=3, head_dim=32)
     assert_case_is_exact(attend(backend, case), case)
+
+
+# Rows beside which a tile of some backend ends: 4 to 24 lanes of a group and 4 groups of a unit, 16 and 64 rows of a GEMM,
+# 128 packed rows of a work item; with G = 3 most of them end within a row.
+ROWS_AT_EDGES = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    11,
+    12,
+    13,
+    15,
+    16,
+    17,
+    23,
+    24,
+    25,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    95,
+    96,
+    97,
+]
+ROWS_AT_EDGES += [127, 128, 129, 143, 144, 145, 191, 192, 193, 255, 256, 257, 299, 300]
+ROWS_AT_EDGES_OF_3 = [1, 2, 3, 5, 6, 10, 11, 21, 22, 32, 33, 42, 43, 64, 65, 85, 86, 127, 128, 129, 300]
+
+
+def check_rows(backend, make_case, rows, G, dtype):
+    """An agent that brings this many rows of one chunk, or two that bring them together, beside one that decodes."""
+    first = random.randint(1, rows)
+    brought = [first, rows - first] if rows > first else [rows]
+    case = make_case(
+        tree={"doc": (130, None)},
+        agents=[("doc", n + random.randint(0, 20), n) for n in brought] + [(None, 9, 1)],
+        num_kv_heads=1,
+        G=G,
+        head_dim=32,
+        dtype=dtype,
+    )
+    assert_case_is_exact(attend(backend, case), case)
+
+
+@pytest.mark.parametrize(
+    ("rows", "G"), [(rows, 1) for rows in ROWS_AT_EDGES] + [(rows, 3) for rows in ROWS_AT_EDGES_OF_3]
+)
+def test_agents_may_bring_rows_up_to_the_edge_of_any_tile(backend, make_case, rows, G):
+    check_rows(backend, make_case, rows, G, random.choice(DTYPES))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("G", [1, 3])
+def test_agents_may_bring_any_number_of_rows_up_to_300(backend, make_case, G):
+    for rows in range(1, 301):
+        check_rows(backend, make_case, rows, G, DTYPES[rows % 3])
+
+
+@pytest.mark.full
+def test_any_number_of_agents_up_to_300_decode_together(backend):
+    """All of them are within the bound of the oracle, and each has the bits that it has among 300."""
+    q, k_prefix, v_prefix, k_suffix, v_suffix, lengths = batch_of(
+        [random.randint(0, 20) for _ in range(300)], prefix_tokens=130, num_kv_heads=1, G=random.choice([1, 2, 3])
+    )
+
+    def run(n):
+        args = q[:n], k_prefix, v_prefix, k_suffix[:n], v_suffix[:n], lengths[:n]
+        return kvkern.attention.attend(*args, return_lse=True, backend=backend)
+
+    o, lse = run(300)
+    assert_attend_is_exact((q, k_prefix, v_prefix, k_suffix, v_suffix, lengths), o, lse)
+    for n in range(1, 300):
+        few = run(n)
+        assert_same_bits(few[0], o[:n], f"o of {n} agents")
+        assert_same_bits(few[1], lse[:n], f"lse of {n} agents")
 
 
 @pytest.mark.parametrize("sm_scale", [1.0, 0.01])
@@ -149,6 +242,67 @@ def test_every_level_of_a_path_is_seen_once(backend, make_case, leaf):
     case = make_case(tree=TREE, agents=[(leaf, 18, 2)])
     assert len(case.agents[0].node.path()) == {"book": 1, "chapter": 2, "talk": 3}[leaf]
     assert_case_is_exact(attend(backend, case), case)
+
+
+PREFIX_TOKENS = [1, 15, 16, 17, 127, 128, 129, 1023, 1024, 1025, 5000, 20_000]
+SUFFIX_TOKENS = [1, 15, 16, 17, 300, 1023, 1024, 1025, 2500]
+LARGEST = 2_600_000
+"""Elements of K over all query heads that an agent of a drawn case may see."""
+
+
+def draw_case(make_case, largest=LARGEST):
+    """A case of any shape: dtype, heads, a tree of up to three levels beside another document, ragged suffixes, any rows."""
+    G, head_dim, num_kv_heads = (
+        random.choice([*range(1, 9), 16]),
+        random.choice([64, 80, 128]),
+        random.choice([1, 2, 3]),
+    )
+    most_tokens = largest // (G * head_dim * num_kv_heads)
+    lengths = [n for n in PREFIX_TOKENS if n <= most_tokens // 2]
+    tree = {"doc": (random.choice(lengths), None), "other": (random.choice(lengths), None)}
+    for name, parent in (("chapter", "doc"), ("talk", "chapter")):
+        room = most_tokens // 2 - sum(tree[above][0] for above in ("doc", "chapter") if above in tree)
+        if fitting := [n for n in lengths if n <= room]:
+            tree[name] = (random.choice(fitting), parent)
+        else:
+            break
+    agents = []
+    for _ in range(random.randint(1, 5)):
+        suffix = random.choice([n for n in SUFFIX_TOKENS if n <= most_tokens // 2])
+        rows = min(suffix, random.choice([1, 1, 1, 2, 16, 17, 64, 300]))
+        agents.append((random.choice([*tree, None]), suffix, rows))
+    dtype = random.choice([torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16])
+    case = make_case(tree=tree, agents=agents, num_kv_heads=num_kv_heads, G=G, head_dim=head_dim, dtype=dtype)
+    print(f"{dtype} G={G} head_dim={head_dim} kv heads={num_kv_heads} tree={tree} agents={agents}")
+    return case
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("draw", range(60))
+def test_a_case_of_any_shape_at_all(backend, make_case, draw):
+    case = draw_case(make_case)
+    options = {
+        "workers_per_node": random.choice([1, 2, 3, 16]),
+        "padding": random.choice([0, 1, 7]),
+        "rows_per_step": random.choice([None, None, 23]),
+    }
+    print(options)
+    outs = attend(backend, case, **options)
+    assert_case_is_exact(outs, case)
+    alone = random.randrange(len(outs))
+    assert_same_rows(attend(backend, case.only(alone))[0], outs[alone], alone)
+
+
+def test_control_what_is_drawn_is_every_shape(make_case, capsys):
+    """Of a few hundred draws, with nothing computed: each length, each G, dtype, head_dim, level and an empty tree."""
+    made = [draw_case(lambda **shape: shape) for _ in range(600)]
+    capsys.readouterr()
+    assert {shape["G"] for shape in made} == {*range(1, 9), 16}
+    assert {shape["head_dim"] for shape in made} == {64, 80, 128} and len({shape["dtype"] for shape in made}) == 3
+    assert {tokens for shape in made for tokens, _ in shape["tree"].values()} == set(PREFIX_TOKENS)
+    assert {suffix for shape in made for _, suffix, _ in shape["agents"]} == set(SUFFIX_TOKENS)
+    assert {leaf for shape in made for leaf, _, _ in shape["agents"]} == {"doc", "other", "chapter", "talk", None}
+    assert all(0 < rows <= suffix for shape in made for _, suffix, rows in shape["agents"])
 
 
 def test_extends_of_many_rows_beside_decode_rows(backend, make_case):
@@ -289,6 +443,22 @@ def test_attend_gives_0_and_minus_infinity_where_nothing_is_seen(backend):
     assert torch.isfinite(lse[1, 1:]).all()
 
 
+@pytest.mark.parametrize("prefix_tokens", [17, 1025])
+@pytest.mark.parametrize("room", [0, 5])
+def test_attend_where_nobody_has_a_suffix_is_attention_over_the_prefix(backend, prefix_tokens, room):
+    q, k_prefix, v_prefix, k_suffix, v_suffix, lengths = batch_of([0, 0, 0], prefix_tokens=prefix_tokens, rows=2, G=5)
+    empty = (t[:, :0] if room == 0 else t for t in (k_suffix, v_suffix))  # what is past a length holds NaN
+    args = q, k_prefix, v_prefix, *empty, lengths
+    o, lse = kvkern.attention.attend(*args, return_lse=True, backend=backend)
+    assert_attend_is_exact(args, o, lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attend_with_suffixes_of_any_length_none_included(backend, dtype):
+    args = batch_of([0, 1, 15, 16, 17, 300, 1023, 1024, 1025, 2500], rows=2, num_kv_heads=1, dtype=dtype)
+    assert_attend_is_exact(args, *kvkern.attention.attend(*args, return_lse=True, backend=backend))
+
+
 def test_attend_returns_o_alone_unless_asked_and_takes_a_scale(backend):
     args = batch_of([3, 9])
     o = kvkern.attention.attend(*args, 0.5, backend=backend)
@@ -370,6 +540,95 @@ def refused(kind, field, found, call, *args, **options) -> KvkernError:
     assert error.needed and error.do
     assert str(error) == f"{field}: found {found}, needed {error.needed}\n  do: {error.do}"
     return error
+
+
+# -- memory far apart --------------------------------------------------------------------------------------------------
+
+FAR = 2**31
+"""Elements. An offset that was multiplied in 32 bits ends elsewhere."""
+
+
+def untouched_memory(*shape, dtype=torch.bfloat16):
+    """Zeros of any size: only what is touched takes memory."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        # MAP_NORESERVE: the system need not have so much.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    except OSError as error:
+        pytest.skip(f"no address space of {size:,} bytes: {error}")
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory that is not there")
+def test_prefixes_whose_heads_and_layers_lie_more_than_2_to_the_31_elements_apart(backend, make_case, monkeypatch):
+    case = make_case(
+        tree={"doc": (1030, None)},
+        agents=[("doc", 20, 3), ("doc", 1, 1), (None, 5, 2)],
+        head_dim=128,
+        dtype=torch.bfloat16,
+    )
+    near = case.agents[0].node.block()
+    padded = FAR // 128 + 128
+    far = untouched_memory(*near.shape[:3], padded, 128)
+    far[:, :, :, : near.shape[3]] = near
+    assert far.stride(2) > FAR
+    make = Plan.make.__func__
+
+    def moved(cls, pool, agents, **options):
+        plan = make(cls, pool, agents, **options)
+        plan.tensors.node_table[0, 0], plan.tensors.node_table[0, 2] = far.data_ptr(), padded
+        return plan
+
+    monkeypatch.setattr(Plan, "make", classmethod(moved))
+    assert_case_is_exact(attend(backend, case), case)
+    assert_case_is_exact(attend(backend, case, workers_per_node=2), case)
+    far[case.layer, 1, 1, :1030] = 0  # the control: that the far memory is what was read
+    with pytest.raises(AssertionError, match=r"o\[0\]: max error"):
+        assert_case_is_exact(attend(backend, case), case)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory that is not there")
+@pytest.mark.parametrize("far", ["pages", "heads", "tokens"])
+def test_suffix_pages_of_which_something_lies_more_than_2_to_the_31_elements_apart(backend, make_case, far):
+    """As pages may: they are read by their strides. Appended to, then attended to, with history and without."""
+    case = make_case(agents=[(None, 70, 3), (None, 20, 20)], num_kv_heads=3, G=2, head_dim=64, dtype=torch.bfloat16)
+    geometry, layer = case.geometry, case.layer
+    pool = PagePool(geometry, 7, slots=2, debug=True)
+    # Four times a stride of 2^29 elements and more, whichever it is, is past 2^31.
+    page, head, token = {"pages": (FAR // 4 + 64, 1024, 64), "heads": (2**14, FAR // 2 + 2**18, 64)}.get(
+        far, (64, 2**10, FAR // 8 + 2**14)
+    )
+    plane = 2**26
+    strides = (2 * plane, plane, page, head, token, 1)
+    last = sum((n - 1) * stride for n, stride in zip(pool.pages.shape, strides, strict=True))
+    assert last > FAR
+    memory = untouched_memory(last + 1)
+    pool.pages = memory.as_strided(pool.pages.shape, strides)
+    table = [pool.alloc(5), pool.alloc(2)]
+    for pages in table:
+        pool.free(pages)
+    slots = [pool.acquire_slot() for _ in case.agents]
+    for slot, agent in zip(slots, case.agents, strict=True):
+        write_history(pool, slot, agent, layer)
+        pool.reserve(slot, agent.rows)
+    plan = Plan.make(pool, [AgentRows(slot, None, a.rows) for slot, a in zip(slots, case.agents, strict=True)])
+    plan.begin()
+    packed = [case.agents[i] for i in plan.order]
+    q, k, v = (torch.cat([getattr(a, name)[-a.rows :] for a in packed]) for name in "qkv")
+
+    def outs():
+        o, lse = shared_prefix_attention(q, k, v, plan, pool, layer=layer, return_lse=True, backend=backend)
+        rows = [slice(begin, end) for begin, end in pairwise(plan.qo_indptr)]
+        return [Out(o[rows[plan.order.index(i)]], lse[rows[plan.order.index(i)]]) for i in range(2)]
+
+    assert_case_is_exact(outs(), case)
+    for agent, slot in zip(case.agents, slots, strict=True):
+        stored = pool.pages[layer, :, pool.table(slot)].transpose(2, 3).flatten(1, 2)[:, : agent.k.shape[0]]
+        assert_same_bits(stored[0], agent.k, "k in the pages")
+        assert_same_bits(stored[1], agent.v, "v in the pages")
+    pool.pages[layer, 1, pool.table(slots[0])[2], 2, 15] = 9  # the control: that this memory is what is read
+    with pytest.raises(AssertionError, match=r"o\[0\]: max error"):
+        assert_case_is_exact(outs(), case)
 
 
 # -- merge_state -------------------------------------------------------------------------------------------------------
