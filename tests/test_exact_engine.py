@@ -23,6 +23,7 @@ import torch
 from helpers import assert_exact, assert_same_bits
 from models import VOCAB_SIZE, scratch_logits, tiny_model, tiny_tokenizer, twin
 from safetensors.torch import load_file
+from test_exact import threads
 from torch import Tensor, nn
 
 import kvkern
@@ -161,6 +162,16 @@ def test_an_agent_has_the_same_bits_alone_and_among_64_others(seed, backend, dty
     among = case.run(questions)
     for i in (0, 17, 64):
         assert_same_logits(case.run(only(questions, i)), among)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
+def test_with_two_threads_an_agent_has_the_same_bits_alone_and_among_others(seed, dtype):
+    """The rounding class is measured at this number of threads, the document is read with it, and work is cut between them."""
+    with threads(2):
+        case, questions = make_case("cpu", dtype=dtype, tokens=1100), random_questions(17, longest=12)
+        among = case.run(questions)
+        for i in (0, 16):
+            assert_same_logits(case.run(only(questions, i)), among)
 
 
 def test_agent_257_has_the_same_bits_though_256_run(case):
