@@ -120,7 +120,7 @@ def check_model(model: Any) -> torch.device:
         raise UnsupportedError(
             "model", found="an encoder-decoder", needed="a decoder-only model", do="use a causal language model"
         )
-    for name in ("attn_logit_softcapping", "alibi"):
+    for name in ("attn_logit_softcapping", "alibi", "add_cross_attention"):
         if getattr(config, name, None):
             raise UnsupportedError(
                 f"model.{name}",
@@ -128,6 +128,16 @@ def check_model(model: Any) -> torch.device:
                 needed="none",
                 do="use a model with plain causal attention",
             )
+    backward = next(
+        (name for name, module in model.named_modules() if getattr(module, "is_causal", True) is False), None
+    )
+    if backward is not None:
+        raise UnsupportedError(
+            "model.is_causal",
+            found=f"False in {backward}",
+            needed="True in every layer",
+            do="use a causal language model",
+        )
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1 or "meta" in {d.type for d in devices}:
         raise DeviceError(

@@ -59,6 +59,7 @@ def load(request: dict[str, Any]) -> tuple[Any, Any]:
         request["model"],
         dtype=request.get("dtype", "float32"),
         attn_implementation=request.get("attn_implementation", "sdpa"),
+        use_safetensors=True,
     )
     return tokenizer, model.to(request.get("device", "cpu")).eval()
 

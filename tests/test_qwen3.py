@@ -170,6 +170,12 @@ def with_config(**config: Any) -> Any:
     return model
 
 
+def looking_ahead() -> Any:
+    model = tiny_model()
+    model.model.layers[1].self_attn.is_causal = False
+    return model
+
+
 def over_two_devices() -> Any:
     model = tiny_model()
     model.lm_head.to("meta")
@@ -184,6 +190,8 @@ REFUSED = {
     ),
     "model.attn_logit_softcapping": lambda: with_config(attn_logit_softcapping=30.0),
     "model.alibi": lambda: with_config(alibi=True),
+    "model.add_cross_attention": lambda: with_config(add_cross_attention=True),
+    "model.is_causal": lambda: looking_ahead(),
     "model": lambda: with_config(is_encoder_decoder=True),
     "model.device": over_two_devices,
 }
