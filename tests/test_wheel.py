@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "kvkern", "pytest_kvkern.py")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "kvkern")
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:
@@ -76,10 +76,9 @@ def test_the_wheel_holds_every_module_the_data_the_types_and_one_extension(built
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert any(name.startswith("kvkern/data/") for name in wanted)
-    wanted.add("pytest_kvkern.py")  # the one module beside the package; see there
     assert {"kvkern/checks/conftest.py", "kvkern/checks/test_bits.py"} < wanted <= names, sorted(wanted - names)
     assert len([name for name in names if name.endswith(".so")]) == 1
-    strangers = [name for name in names - wanted if not name.startswith("kvkern/") and ".dist-info/" not in name]
+    strangers = [name for name in names if not name.startswith("kvkern/") and ".dist-info/" not in name]
     assert not strangers
 
 
@@ -139,22 +138,12 @@ def test_plain_pytest_finds_the_checks_of_the_installed_wheel_and_knows_their_op
     built: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
-    command += ["--pyargs", "kvkern.checks", "--model", "none"]
-    said = run(*command, cwd=tmp_path, PYTHONPATH=str(built / "site"))
+    command += ["--pyargs", "kvkern.checks", "--model=none"]
+    said = run(*command, "-p", "kvkern.checks.options", cwd=tmp_path, PYTHONPATH=str(built / "site"))
     for path in (built / "site" / "kvkern" / "checks").glob("test_*.py"):
         assert f"{path.name}::test_control" in said, said
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(
         AssertionError, match="unrecognized arguments: --model"
     ):  # a control: it is the plugin that knows
-        run(*command, "-p", "no:kvkern", cwd=tmp_path, PYTHONPATH=str(built / "site"))
-
-
-def test_a_pytest_that_asks_for_something_else_does_not_import_kvkern(built: Path, tmp_path: Path) -> None:
-    own = tmp_path / "test_own.py"
-    own.write_text(
-        "import sys\ndef test_it():\n    assert 'pytest_kvkern' in sys.modules and 'kvkern' not in sys.modules"
-    )
-    arguments = ["-p", "no:cacheprovider", "-q", "--import-mode=importlib", str(own)]
-    said = run(sys.executable, "-P", "-m", "pytest", *arguments, cwd=tmp_path, PYTHONPATH=str(built / "site"))
-    assert "1 passed" in said
+        run(*command, cwd=tmp_path, PYTHONPATH=str(built / "site"))

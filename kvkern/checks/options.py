@@ -1,5 +1,6 @@
-"""The options of `pytest --pyargs kvkern.checks`, which pytest knows early enough only where this is loaded as a plugin.
+"""The options of `pytest --pyargs kvkern.checks`: a plugin, `-p kvkern.checks.options`.
 
+pytest reads the conftest.py of a package that --pyargs names after it has parsed the command line, too late for its options.
 Write --model=FOLDER: after a space pytest takes a folder for one with tests, too, when it looks for its rootdir.
 """
 
