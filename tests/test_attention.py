@@ -252,14 +252,13 @@ LARGEST = 2_600_000
 
 def draw_case(make_case, largest=LARGEST):
     """A case of any shape: dtype, heads, a tree of up to three levels beside another document, ragged suffixes, any rows."""
-    G, head_dim, num_kv_heads = (
-        random.choice([*range(1, 9), 16]),
-        random.choice([64, 80, 128]),
-        random.choice([1, 2, 3]),
-    )
+    every = [(G, head_dim, heads) for G in (*range(1, 9), 16) for head_dim in (64, 80, 128) for heads in (1, 2, 3)]
+    # The document first, or hardly a draw would have a long one.
+    tokens = random.choice([n for n in PREFIX_TOKENS if 2 * n * math.prod(every[0]) <= largest])
+    G, head_dim, num_kv_heads = random.choice([heads for heads in every if 2 * tokens * math.prod(heads) <= largest])
     most_tokens = largest // (G * head_dim * num_kv_heads)
     lengths = [n for n in PREFIX_TOKENS if n <= most_tokens // 2]
-    tree = {"doc": (random.choice(lengths), None), "other": (random.choice(lengths), None)}
+    tree = {"doc": (tokens, None), "other": (random.choice(lengths), None)}
     for name, parent in (("chapter", "doc"), ("talk", "chapter")):
         room = most_tokens // 2 - sum(tree[above][0] for above in ("doc", "chapter") if above in tree)
         if fitting := [n for n in lengths if n <= room]:

@@ -95,7 +95,7 @@ def test_generate_says_what_the_document_says(asked):
     assert accuracy(asked.generate(asked.document, 5), asked.quiz.answers[:5]) == 1.0
 
 
-@documents(full=[torch.bfloat16])
+@documents(full=DTYPES)
 def test_transformers_from_scratch_says_what_the_document_says(asked):
     """The model is what it is said to be, without any of our code."""
     stock = twin(asked.model, "sdpa")
@@ -137,7 +137,7 @@ def test_what_comes_after_the_documents_last_token_is_the_suffixs_first(asked):
 # -- the controls ------------------------------------------------------------------------------------------------------
 
 
-@documents(full=[torch.bfloat16])
+@documents(full=DTYPES)
 def test_control_without_the_documents_values_nobody_knows_an_answer(asked):
     with _without_values(asked.document) as blank:
         assert accuracy(asked.engine(blank), asked.quiz.answers) <= 0.05
