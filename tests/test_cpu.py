@@ -485,10 +485,11 @@ def test_every_flipped_bit_and_every_swap_changes_the_sum(rng: random.Random) ->
         changed = words.clone()
         changed[where] ^= (1 << bit) - (WORDS if bit == 63 else 0)
         assert cpu.block_sum(changed) != whole, (where, bit)
-        other = rng.choice([i for i in range(1000) if i != where])
-        changed = words.clone()
-        changed[[where, other]] = words[[other, where]]
-        assert cpu.block_sum(changed) != whole, (where, other)
+        # Anywhere, and next to it: words of one group of four are summed side by side.
+        for other in (rng.choice([i for i in range(1000) if i != where]), where ^ 1, where ^ 2, where ^ 3):
+            changed = words.clone()
+            changed[[where, other]] = words[[other, where]]
+            assert cpu.block_sum(changed) != whole, (where, other)
 
 
 def test_control_a_sum_without_positions_misses_a_swap() -> None:
