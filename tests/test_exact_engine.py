@@ -194,7 +194,8 @@ def test_bits_do_not_depend_on_how_many_tokens_a_step_extends(case, few):
 
 
 def test_an_agent_that_is_preempted_and_resumed_has_the_same_bits(case, monkeypatch):
-    questions = random_questions(6)
+    # Two pages hold a question and 12 new tokens; four agents are let in, and then each wants a third page.
+    questions = {i: torch.randint(VOCAB_SIZE, (20,)).tolist() for i in range(6)}
     expected = case.run(questions, new=20)
     tight = case.engine(pages=8)
     preempted = []
