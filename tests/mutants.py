@@ -283,6 +283,42 @@ MUTANTS = (
         "start = self._requests[suffix].prefix.position + first",
         ("test_exact_engine.py::test_reuse_is_as_exact_as_transformers_from_scratch",),
     ),
+    # -- transformers' generate ---------------------------------------------------------------------------------------
+    Mutant(
+        "generate's positions start with the suffix, not after the document",
+        "kvkern/generate.py",
+        "(mask.cumsum(-1) - 1).clamp(min=0) + prefix.end",
+        "(mask.cumsum(-1) - 1).clamp(min=0) + prefix.position",
+        ("test_generate.py::test_greedy_over_a_ragged_batch_is_transformers_on_the_whole_prompt",),
+    ),
+    Mutant(
+        "processors are shown the document before the padding",
+        "kvkern/generate.py",
+        "        if not self.ragged:",
+        "        if self.ragged or not self.ragged:",
+        ("test_generate.py::test_logits_processors_are_shown_what_they_would_be_shown_without_a_prefix",),
+    ),
+    Mutant(
+        "an answer that is not cached yet is taken for cached",
+        "kvkern/generate.py",
+        "_fed(sequences[:, : cache.seq_length], mask, copies)",
+        "_fed(sequences, mask, copies)",
+        ("test_generate.py::test_a_conversation_goes_on_from_the_returned_cache",),
+    ),
+    Mutant(
+        "rows that are in the pages are computed again",
+        "kvkern/qwen3.py",
+        "counts = [max(0, end - max(start, begin)) for start in self.starts]",
+        "counts = [max(0, end - begin) for start in self.starts]",
+        ("test_generate.py::test_a_conversation_may_go_back_and_change_anywhere",),
+    ),
+    Mutant(
+        "beams are not reordered",
+        "kvkern/qwen3.py",
+        "        self.batch_select_indices(beam_idx)",
+        "        self._need_rows(len(beam_idx))",
+        ("test_generate.py::test_beams_are_transformers_with_their_scores",),
+    ),
 )
 
 
