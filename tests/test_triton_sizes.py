@@ -16,8 +16,6 @@ from helpers import assert_case_is_exact, assert_same_rows, attend
 from triton_interpreter import INTERPRETING, interpreted, repair
 
 TRITON = "triton"
-# The child is given one test, whatever its marks; what is full is chosen here.
-full = [] if INTERPRETING else [pytest.mark.full]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +30,7 @@ def backend() -> str:
 
 
 def larger(*values: Any) -> Any:
-    return pytest.param(*values, marks=full)
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +103,7 @@ def test_attend_where_nobody_has_a_suffix(prefix_tokens: int, room: int) -> None
     test_attention.test_attend_where_nobody_has_a_suffix_is_attention_over_the_prefix(TRITON, prefix_tokens, room)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("draw", range(10))
 @interpreted
 def test_a_case_of_any_shape(make_case, draw: int) -> None:
@@ -113,10 +112,6 @@ def test_a_case_of_any_shape(make_case, draw: int) -> None:
     assert_case_is_exact(outs, case)
     alone = random.randrange(len(outs))
     assert_same_rows(attend(TRITON, case.only(alone))[0], outs[alone], alone)
-
-
-if not INTERPRETING:
-    test_a_case_of_any_shape = pytest.mark.full(test_a_case_of_any_shape)
 
 
 @interpreted

@@ -87,7 +87,8 @@ def _serve() -> None:
         report = io.StringIO()
         with contextlib.redirect_stdout(report):
             node, seed = line.rsplit(" ", 1)
-            options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys"]
+            # The parent has chosen the test: its marks choose nothing here.
+            options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys", "-m", ""]
             code = pytest.main([*options, f"--seed={int(seed)}", node])
         print(json.dumps({"exit": int(code), "text": report.getvalue()}), file=answers, flush=True)
 
