@@ -10,25 +10,23 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvkern.attention import shared_prefix_attention
-from kvkern.checks.assertions import (
-    Out,
-    assert_exact,
-    assert_same_bits,
-    assert_untouched,
-    plain_attention,
-)
-from kvkern.checks.assertions import bits as bits  # what tests compare by, beside the above
+from kvkern.checks.assertions import Out, assert_same_bits, assert_untouched
+
+# What tests compare by is what users' checks compare by: the same cases, bounds and oracle.
+from kvkern.checks.assertions import assert_exact as assert_exact
+from kvkern.checks.assertions import bits as bits
+from kvkern.checks.assertions import plain_attention as plain_attention
+from kvkern.checks.cases import Agent, Case, make_case
+from kvkern.checks.cases import assert_case_is_exact as assert_case_is_exact
+from kvkern.checks.cases import assert_same_rows as assert_same_rows
 from kvkern.geometry import PAGE, Geometry
-from kvkern.kernels.oracle import attend_fp64
 from kvkern.pages import PagePool
 from kvkern.plan import AgentRows, Plan
-from kvkern.prefix import SharedPrefix
 
 NAN = float("nan")
 NO_PAGE = (2**30, -1, -(2**31), 2**31 - 1)
@@ -106,49 +104,6 @@ def hostile_pool(
 # -- a case ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Agent:
-    """A leaf of the tree or None; k and v of the whole suffix; q of its last rows, which are this step's."""
-
-    node: SharedPrefix | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-    @property
-    def rows(self) -> int:
-        return self.q.shape[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Agents over a tree of prefixes, in one layer of a model."""
-
-    geometry: Geometry
-    layer: int
-    sm_scale: float | None
-    agents: tuple[Agent, ...]
-
-    def only(self, *which: int) -> Case:
-        """The same agents, alone, or a few of them in this order."""
-        return replace(self, agents=tuple(self.agents[i] for i in which))
-
-    def keys_and_values(self, agent: Agent) -> tuple[Tensor, Tensor]:
-        """All that an agent's last row sees, [tokens, num_kv_heads, head_dim]."""
-        nodes = agent.node.path() if agent.node is not None else []
-        keys = [node.key(self.layer).transpose(0, 1) for node in nodes]
-        values = [node.value(self.layer).transpose(0, 1) for node in nodes]
-        return torch.cat([*keys, agent.k]), torch.cat([*values, agent.v])
-
-    def oracle(self) -> list[Out]:
-        """Dense, in fp64."""
-        return [Out(*attend_fp64(a.q, *self.keys_and_values(a), sm_scale=self.sm_scale)) for a in self.agents]
-
-    def plain(self) -> list[Out]:
-        """Dense, by plain torch in the dtype of the case."""
-        return [plain_attention(a.q, *self.keys_and_values(a), self.sm_scale) for a in self.agents]
-
-
 class CaseMaker:
     """make_case(...): random values in a case of the shape that is asked for."""
 
@@ -183,21 +138,7 @@ class CaseMaker:
             tree = {"doc": (prefix_tokens, None)} if prefix_tokens else {}
             agents = [("doc" if prefix_tokens else None, n, 1) for n in lengths]
         geometry = Geometry(layers, num_kv_heads * G, num_kv_heads, head_dim, dtype)
-        layer = random.randrange(layers)
-        nodes: dict[str, SharedPrefix] = {}
-        for name, (tokens, parent) in (tree or {}).items():
-            node = SharedPrefix(geometry, torch.arange(tokens), parent=nodes[parent] if parent else None)
-            block = node.block()
-            block[:layer], block[layer + 1 :] = NAN, NAN
-            block[layer, :, :, :tokens] = torch.randn(2, num_kv_heads, tokens, head_dim)
-            nodes[name] = node.publish()
-        made = []
-        for leaf, suffix, own in agents:
-            k, v = (torch.randn(suffix, num_kv_heads, head_dim).to(dtype) for _ in range(2))
-            # Twice the usual spread: some keys matter more than others.
-            q = (2 * torch.randn(own, num_kv_heads * G, head_dim)).to(dtype)
-            made.append(Agent(nodes[leaf] if leaf else None, q, k, v))
-        return Case(geometry, layer, sm_scale, tuple(made))
+        return make_case(geometry, torch.device("cpu"), tree=tree or {}, agents=agents, sm_scale=sm_scale)
 
 
 # -- running a case through the operator -------------------------------------------------------------------------------
@@ -311,16 +252,3 @@ def _step(
         i: Out(o[row : row + end - begin], lse[row : row + end - begin])
         for (i, begin, end), row in zip(packed, plan.qo_indptr, strict=False)
     }
-
-
-def assert_same_rows(a: Out, b: Out, index: int | str) -> None:
-    """Two results of one agent: the same bits in o and in lse."""
-    assert_same_bits(a.o, b.o, f"o[{index}]")
-    assert_same_bits(a.lse, b.lse, f"lse[{index}]")
-
-
-def assert_case_is_exact(outs: Sequence[Out], case: Case) -> None:
-    """Every agent's o and lse against the oracle."""
-    for i, (out, reference, plain) in enumerate(zip(outs, case.oracle(), case.plain(), strict=True)):
-        assert_exact(out.o, reference.o, plain.o, f"o[{i}]")
-        assert_exact(out.lse, reference.lse, plain.lse, f"lse[{i}]")

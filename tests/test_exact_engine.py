@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import kvkern
 from kvkern import backends, plain
 from kvkern import engine as module
+from kvkern.checks.serving import fold_from_the_right
 from kvkern.engine import Engine, Request
 from kvkern.geometry import PAGE, SUFFIX_SEGMENT
 from kvkern.identity import model_geometry
@@ -341,20 +342,6 @@ def segments_that_follow_the_batch(backend: backends.Backend) -> backends.Backen
             node_table[:, 3] //= 2
             items[:, 4] = -(-node_table[items[:, 0].long(), 1] // node_table[items[:, 0].long(), 3].clamp(min=1))
         return backend.prefix_attention(q, node_table, items, path_table, **options)
-
-    return backend._replace(prefix_attention=prefix)
-
-
-def fold_from_the_right(backend: backends.Backend) -> backends.Backend:
-    """The last two segments of three are folded first; each segment lies in its own slot."""
-
-    def prefix(q: Tensor, *tables: Tensor, **options: Any) -> plain.State:
-        state = backend.prefix_attention(q, *tables, **options)
-        first, second = (plain.State(*(part[i] for part in state)) for i in (1, 2))
-        folded, nothing = plain.fold(first, second), (float("-inf"), 0.0, 0.0)
-        for part, whole, none in zip(state, folded, nothing, strict=True):
-            part[1], part[2] = whole, none
-        return state
 
     return backend._replace(prefix_attention=prefix)
 

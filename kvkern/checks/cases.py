@@ -26,8 +26,6 @@ NAN = float("nan")
 NOWHERE = 2**30
 """A page number and a length that no pool has."""
 
-LAYERS, LAYER = 2, 1
-
 
 @dataclass(frozen=True, eq=False)
 class Agent:
@@ -45,14 +43,16 @@ class Agent:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Agents over a tree of prefixes."""
+    """Agents over a tree of prefixes, in one layer of a model."""
 
     geometry: Geometry
     device: torch.device
+    layer: int
+    sm_scale: float | None
     agents: tuple[Agent, ...]
 
     def only(self, *which: int) -> Case:
-        """A few of the agents, in this order."""
+        """The same agents, alone, or a few of them in this order."""
         return replace(self, agents=tuple(self.agents[i] for i in which))
 
     def nodes(self) -> list[SharedPrefix]:
@@ -63,9 +63,17 @@ class Case:
     def keys_and_values(self, agent: Agent) -> tuple[Tensor, Tensor]:
         """All that an agent's last row sees, [tokens, num_kv_heads, head_dim]."""
         nodes = agent.node.path() if agent.node is not None else []
-        keys = [node.key(LAYER).transpose(0, 1) for node in nodes]
-        values = [node.value(LAYER).transpose(0, 1) for node in nodes]
+        keys = [node.key(self.layer).transpose(0, 1) for node in nodes]
+        values = [node.value(self.layer).transpose(0, 1) for node in nodes]
         return torch.cat([*keys, agent.k]), torch.cat([*values, agent.v])
+
+    def oracle(self) -> list[Out]:
+        """Dense, in fp64."""
+        return [Out(*attend_fp64(a.q, *self.keys_and_values(a), sm_scale=self.sm_scale)) for a in self.agents]
+
+    def plain(self) -> list[Out]:
+        """Dense, by plain torch in the dtype of the case."""
+        return [plain_attention(a.q, *self.keys_and_values(a), self.sm_scale) for a in self.agents]
 
 
 def make_case(
@@ -74,13 +82,16 @@ def make_case(
     *,
     tree: Mapping[str, tuple[int, str | None]],
     agents: Sequence[tuple[str | None, int, int]],
+    sm_scale: float | None = None,
 ) -> Case:
-    """Random values in a case of this shape; of the geometry heads, head_dim and dtype count.
+    """Random values in a case of this shape.
 
     tree    name -> (tokens, name of the parent or None), parents first
     agents  (name of the leaf or None, suffix tokens after this step, rows in this step)
+
+    The case runs in a random layer; the prefixes of the other layers hold NaN.
     """
-    g = replace(geometry, layers=LAYERS)
+    g, layer = geometry, random.randrange(geometry.layers)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape).to(device, g.dtype)
@@ -90,8 +101,8 @@ def make_case(
         above = nodes[parent] if parent else None
         node = SharedPrefix(g, torch.arange(tokens), device=device, parent=above)
         block = node.block()
-        block[:LAYER] = NAN
-        block[LAYER, :, :, :tokens] = normal(2, g.num_kv_heads, tokens, g.head_dim)
+        block[:layer], block[layer + 1 :] = NAN, NAN
+        block[layer, :, :, :tokens] = normal(2, g.num_kv_heads, tokens, g.head_dim)
         nodes[name] = node.publish()
     made = []
     for leaf, suffix, rows in agents:
@@ -99,7 +110,7 @@ def make_case(
         # Twice the usual spread: some keys matter more than others.
         q = 2 * normal(rows, g.num_qo_heads, g.head_dim)
         made.append(Agent(nodes[leaf] if leaf else None, q, k, v))
-    return Case(g, device, tuple(made))
+    return Case(g, device, layer, sm_scale, tuple(made))
 
 
 def decode_case(geometry: Geometry, device: torch.device, rows: int, prefix_tokens: int) -> Case:
@@ -122,7 +133,7 @@ def attend(backend: str, case: Case, *, padding: int = 0, workers_per_node: int 
         pool.reserve(slot, before)
         pool.advance(slot, before)
         pool.seq_lens[slot] = before
-        _write(pool, pool.pages, slot, agent, 0, before)
+        _write(pool, pool.pages[case.layer], slot, agent, 0, before)
         pool.reserve(slot, agent.rows)
     plan = Plan.make(
         pool,
@@ -137,10 +148,12 @@ def attend(backend: str, case: Case, *, padding: int = 0, workers_per_node: int 
     for i, (slot, agent) in enumerate(zip(slots, case.agents, strict=True)):
         mine = slice(places[i], places[i] + agent.rows)
         q[mine], k[mine], v[mine] = agent.q, agent.k[-agent.rows :], agent.v[-agent.rows :]
-        _write(pool, expected, slot, agent, agent.k.shape[0] - agent.rows, agent.k.shape[0])
+        _write(pool, expected[case.layer], slot, agent, agent.k.shape[0] - agent.rows, agent.k.shape[0])
 
     plan.begin()
-    o, lse = shared_prefix_attention(q, k, v, plan, pool, layer=LAYER, return_lse=True, backend=backend)
+    o, lse = shared_prefix_attention(
+        q, k, v, plan, pool, layer=case.layer, sm_scale=case.sm_scale, return_lse=True, backend=backend
+    )
     assert_untouched(pool.pages, expected, "pages")
     rows = plan.rows - padding
     assert_same_bits(o[rows:], torch.zeros_like(o[rows:]), "o of padding rows")
@@ -172,23 +185,21 @@ def _hostile_pool(case: Case) -> PagePool:
 
 
 def _write(pool: PagePool, pages: Tensor, slot: int, agent: Agent, begin: int, end: int) -> None:
-    """Tokens of an agent's suffix to where they belong, without a kernel."""
+    """Tokens of an agent's suffix to where they belong in one layer's pages, without a kernel."""
     table = torch.tensor(pool.table(slot), dtype=torch.int64, device=pages.device)
     position = torch.arange(begin, end, device=pages.device)
     for which, values in enumerate((agent.k, agent.v)):
-        pages[LAYER, which][table[position // PAGE], :, position % PAGE] = values[begin:end]
+        pages[which][table[position // PAGE], :, position % PAGE] = values[begin:end]
 
 
 def assert_case_is_exact(outs: Sequence[Out], case: Case) -> None:
-    """Every agent's o and lse against the dense fp64 oracle."""
-    for i, (out, agent) in enumerate(zip(outs, case.agents, strict=True)):
-        seen = case.keys_and_values(agent)
-        reference, plain = Out(*attend_fp64(agent.q, *seen)), plain_attention(agent.q, *seen)
+    """Every agent's o and lse against the oracle."""
+    for i, (out, reference, plain) in enumerate(zip(outs, case.oracle(), case.plain(), strict=True)):
         assert_exact(out.o, reference.o, plain.o, f"o[{i}]")
         assert_exact(out.lse, reference.lse, plain.lse, f"lse[{i}]")
 
 
-def assert_same_rows(a: Out, b: Out, index: int) -> None:
+def assert_same_rows(a: Out, b: Out, index: int | str) -> None:
     """Two results of one agent: the same bits in o and in lse."""
     assert_same_bits(a.o, b.o, f"o[{index}]")
     assert_same_bits(a.lse, b.lse, f"lse[{index}]")

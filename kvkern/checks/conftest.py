@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 @pytest.fixture(scope="session")
 def geometry(subject: Subject) -> Geometry:
-    return subject.geometry
+    """One layer of the model's, and another beside it."""
+    return replace(subject.geometry, layers=2)
 
 
 @pytest.fixture(scope="session")

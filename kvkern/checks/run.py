@@ -245,7 +245,7 @@ def _table(report: Report) -> str:
     head = [
         ("model", f"{about['model']}  {about['geometry']}  {about['dtype']}"),
         ("backend", f"{about['backend']} on {about['device']}: {about['backend_why']}"),
-        ("kernels", f"in C++ for {about['instruction_set']}; {about['threads']} threads"),
+        ("kernels", f"in C++ for {about['instruction_set']}, threads: {about['threads']}"),
         ("versions", "  ".join(f"{name} {found or 'not installed'}" for name, found in versions.items())),
     ]
     width = max(len(check.claim) for check in report.checks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_rows_one_at_a_time_and_together(geometry: Geometry, device: torch.devic
     for row in range(agent.rows):
         seen = before + row + 1
         one = type(agent)(agent.node, agent.q[row : row + 1], agent.k[:seen], agent.v[:seen])
-        out = attend(backend, Case(case.geometry, device, (one,)))[0]
+        out = attend(backend, replace(case, agents=(one,)))[0]
         assert_same_rows(out, type(out)(*(part[row : row + 1] for part in among)), row)
 
 
