@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-bench/results/$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' '_')}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-python3 setup.py build_ext --inplace >"$OUT/build.log" 2>&1
+python3 setup.py egg_info build_ext --inplace >"$OUT/build.log" 2>&1
 timeout 300 python3 -m pytest -q -m gpu tests 2>&1 | tee "$OUT/exactness.log"
 for script in bench/bench_*.py; do
   timeout 200 python3 "$script" --device cuda --out "$OUT" 2>&1 | tee "$OUT/$(basename "$script" .py).log"
