@@ -42,10 +42,10 @@ test-full: $(VENV)/built $(VENV36)/built
 	  echo "      dnf install gcc        (Fedora)" >&2; exit 1; }
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
 	@echo "== 1 of 5: the suite with its larger cases; branches of kvkern/ are counted"
-	$(TEST_ENV) COVERAGE_FILE=$(COVERAGE)/data $(BIN)/python -m coverage run $(PYTEST) -m "" --durations=25 $(ARGS) $(TESTS)
+	$(TEST_ENV) COVERAGE_FILE=$(COVERAGE)/data $(BIN)/python -m coverage run $(PYTEST) -m "full or not slow" --durations=25 $(ARGS) $(TESTS)
 	@echo "== 2 of 5: the suite on Triton $(TRITON36)"
 	$(TEST_ENV) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON36) KVKERN_EXPECT_TRITON=$(TRITON36) \
-	  $(VENV36)/bin/python $(PYTEST) --durations=10 $(ARGS) $(TESTS)
+	  $(VENV36)/bin/python $(PYTEST) -m "not full and not slow" --durations=10 $(ARGS) $(TESTS)
 	@echo "== 3 of 5: csrc/ built with counters, and its tests"
 	$(TEST_ENV) $(BIN)/python .ci/native_coverage.py $(COVERAGE) -n $(WORKERS) --dist worksteal
 	@echo "== 4 of 5: planted mistakes, each of which a test has to see"
