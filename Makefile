@@ -1,6 +1,6 @@
 # make demo    the main job: publish a document, let 256 agents ask it, compare with from scratch
 # make test    the suite             make lint    ruff and mypy             make bench   every benchmark
-# make test-full   the suite with its larger cases, again on another Triton, what no test enters, and planted mistakes
+# make test-full   after it: its larger cases, the suite on another Triton, planted mistakes, and what no test enters
 # make clean   what was built        make distclean   and the environments
 #
 # Needs python3 (3.11 or newer), g++ and make; what is missing is named before anything is downloaded. All else goes to
@@ -24,6 +24,8 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARA
 
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 COVERAGE := $(CURDIR)/build/coverage
+# Branches of kvkern/ are counted, those of processes that tests start too.
+COUNTED := COVERAGE_FILE=$(COVERAGE)/data
 
 .PHONY: demo test test-full lint bench clean distclean
 .DELETE_ON_ERROR:
@@ -41,18 +43,18 @@ test-full: $(VENV)/built $(VENV36)/built
 	  echo "  do: apt-get install gcc    (Debian, Ubuntu)" >&2; \
 	  echo "      dnf install gcc        (Fedora)" >&2; exit 1; }
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
-	@echo "== 1 of 5: the suite with its larger cases; branches of kvkern/ are counted"
-	$(TEST_ENV) COVERAGE_FILE=$(COVERAGE)/data $(BIN)/python -m coverage run $(PYTEST) -m "full or not slow" --durations=25 $(ARGS) $(TESTS)
+	@echo "== 1 of 5: the larger cases"
+	$(TEST_ENV) $(COUNTED) $(BIN)/python -m coverage run $(PYTEST) -m full --durations=25 $(ARGS) $(TESTS)
 	@echo "== 2 of 5: the suite on Triton $(TRITON36)"
-	$(TEST_ENV) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON36) KVKERN_EXPECT_TRITON=$(TRITON36) \
-	  $(VENV36)/bin/python $(PYTEST) -m "not full and not slow" --durations=10 $(ARGS) $(TESTS)
+	$(TEST_ENV) $(COUNTED) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON36) KVKERN_EXPECT_TRITON=$(TRITON36) \
+	  $(VENV36)/bin/python -m coverage run $(PYTEST) -m "not full and not slow" --durations=10 $(ARGS) $(TESTS)
 	@echo "== 3 of 5: csrc/ built with counters, and its tests"
 	$(TEST_ENV) $(BIN)/python .ci/native_coverage.py $(COVERAGE) -n $(WORKERS) --dist worksteal
 	@echo "== 4 of 5: planted mistakes, each of which a test has to see"
 	$(TEST_ENV) $(BIN)/python tests/mutants.py -j $(WORKERS)
 	@echo "== 5 of 5: what no test enters; again in build/coverage/report.txt"
-	@cd $(COVERAGE) && COVERAGE_FILE=data $(CURDIR)/$(BIN)/python -m coverage combine -q --rcfile=$(CURDIR)/pyproject.toml
-	@COVERAGE_FILE=$(COVERAGE)/data $(BIN)/python -m coverage json -q --include='kvkern/*' -o $(COVERAGE)/coverage.json
+	@cd $(COVERAGE) && $(COUNTED) $(CURDIR)/$(BIN)/python -m coverage combine -q --rcfile=$(CURDIR)/pyproject.toml
+	@$(COUNTED) $(BIN)/python -m coverage json -q --include='kvkern/*' -o $(COVERAGE)/coverage.json
 	@$(BIN)/python .ci/coverage_report.py $(COVERAGE)
 
 lint: $(VENV)/packages
