@@ -186,9 +186,6 @@ class _CarrierLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        return -1
-
 
 class CarrierCache(Cache):
     """Base of the caches here: one layer object per layer, and the suffix's length as transformers counts it."""

@@ -354,9 +354,10 @@ def test_control_a_key_more_or_less_is_caught(backend, make_case, monkeypatch):
         assert_case_is_exact(attend(backend, case), case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("where", ["q", "k"])
-def test_a_nan_stays_one_and_in_its_own_row(backend, make_case, where):
-    case = make_case(rows=3, prefix_tokens=40, suffix_tokens=20)
+def test_a_nan_stays_one_and_in_its_own_row(backend, make_case, where, dtype):
+    case = make_case(rows=3, prefix_tokens=40, suffix_tokens=20, dtype=dtype)
     getattr(case.agents[1], where)[-1, 0] = math.nan
     for i, out in enumerate(attend(backend, case)):
         # Of the query or kv head 0: NaN is no zero and no -inf, which would hide what a model did wrong.

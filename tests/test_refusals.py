@@ -6,6 +6,7 @@ The modules' own tests try more of each kind; here every line of "What is refuse
 from __future__ import annotations
 
 import ast
+import copy
 import pickle
 import re
 from collections.abc import Callable
@@ -595,3 +596,11 @@ def test_a_command_exits_with_0_1_or_2(
     else:
         assert code == 1 and said.startswith(expected) and re.search(r", needed .+\n  do: .+\n$", said)
     assert world.state() == world.before
+
+
+@pytest.mark.parametrize("kind", [KvkernError, *KvkernError.__subclasses__()], ids=lambda kind: kind.__name__)
+def test_an_error_comes_through_a_pool_of_processes_as_it_was(kind: type[KvkernError]) -> None:
+    error = kind("pages", found=3, needed="at least 4", do="wait")
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(again) is kind and str(again) == str(error)
+        assert (again.field, again.found, again.needed, again.do) == ("pages", "3", "at least 4", "wait")
