@@ -626,7 +626,7 @@ def test_suffix_pages_of_which_something_lies_more_than_2_to_the_31_elements_apa
         stored = pool.pages[layer, :, pool.table(slot)].transpose(2, 3).flatten(1, 2)[:, : agent.k.shape[0]]
         assert_same_bits(stored[0], agent.k, "k in the pages")
         assert_same_bits(stored[1], agent.v, "v in the pages")
-    pool.pages[layer, 1, pool.table(slots[0])[2], 2, 15] = 9  # the control: that this memory is what is read
+    pool.pages[layer, 1, pool.table(slots[0]), 2] = 9  # the control: that this memory is what is read
     with pytest.raises(AssertionError, match=r"o\[0\]: max error"):
         assert_case_is_exact(outs(), case)
 
