@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkern import cli
+from kvkern import cli, demo_model
 from kvkern.checks import run as module
 from kvkern.checks.run import Check, Report, run
 from kvkern.errors import DeviceError, KvkernError, RequestError
@@ -109,13 +109,11 @@ def test_every_check_holds_in_half_precision_too(tmp_path: Path, options: list[s
 
 
 @pytest.mark.full
+@pytest.mark.skipif(
+    importlib.util.find_spec(demo_model.PACKAGE) is None, reason=f"{demo_model.PACKAGE} is not installed"
+)
 def test_every_check_holds_on_the_model_of_the_demo(tmp_path: Path) -> None:
-    from kvkern.demo_model import demo_model
-
-    try:
-        folder = demo_model()
-    except KvkernError as error:
-        pytest.skip(str(error))
+    folder = demo_model.demo_model()
     done = command("check", "--model", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nheld: " in done.stdout and str(folder) in done.stdout
@@ -141,7 +139,7 @@ BROKEN = """
     import sys
     sys.argv[0] = "kvkern"
     from kvkern.checks import run
-    from kvkern import cli
+    from kvkern import cli, demo_model
     run.PLUGINS = (*run.PLUGINS, "broken")
     sys.exit(cli.main())
 """
@@ -401,7 +399,7 @@ def test_neither_help_nor_the_process_that_waits_imports_torch(tmp_path: Path, w
     code = """
         import sys
         sys.argv[0] = "kvkern"
-        from kvkern import cli
+        from kvkern import cli, demo_model
         from kvkern.checks import run
         run.PYTEST = (sys.executable, "-c", "raise SystemExit('nothing to run')")
         code = cli.main()
