@@ -44,14 +44,18 @@ def _flat(
     and `plain`; k and v may have no rows, then nothing is appended."""
     run = backends.choose(backend, q.device)
     k_pages, v_pages = pages[layer].unbind()
-    if k.shape[0]:
-        run.append(k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
-    num_kv_heads = k_pages.shape[1]
+    queries = run.append(q, k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
     state = run.prefix_attention(
-        q, node_table, items, path_table, num_kv_heads=num_kv_heads, layer=layer, sm_scale=sm_scale
+        queries,
+        node_table,
+        items,
+        path_table,
+        num_kv_heads=k_pages.shape[1],
+        layer=layer,
+        sm_scale=sm_scale,
     )
     return run.suffix_attention(
-        q,
+        queries,
         k_pages,
         v_pages,
         page_table,

@@ -24,7 +24,7 @@ class Backend(NamedTuple):
 
     name: str
     why: str
-    append: Callable[..., None]
+    append: Callable[..., torch.Tensor]
     prefix_attention: Callable[..., plain.State]
     suffix_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     merge: Callable[[plain.State, plain.State], plain.State]

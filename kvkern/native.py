@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from kvkern import _C, cpu
+from kvkern import _C, plain
 from kvkern.errors import DeviceError, DtypeError, ShapeError
 from kvkern.geometry import SUFFIX_SEGMENT
 from kvkern.plain import State
@@ -20,7 +20,7 @@ from kvkern.plain import State
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 LOG2E = math.log2(math.e)
 
-append = cpu.append
+append = plain.append
 
 
 def prefix_attention(

@@ -95,6 +95,7 @@ def _where(rows: Tensor, a: State, b: State) -> State:
 
 
 def append(
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     k_pages: Tensor,
@@ -103,17 +104,23 @@ def append(
     seq_lens: Tensor,
     row_slot: Tensor,
     row_back: Tensor,
-) -> None:
-    """Scatter k and v, [T, num_kv_heads, head_dim], to their agents' pages. Rows with slot -1 write nothing."""
+) -> Tensor:
+    """Scatter k and v, [T, num_kv_heads, head_dim] or no rows at all, to their agents' pages; rows with slot -1 write nothing.
+
+    Returns q, [T, num_qo_heads, head_dim], as the backend's other functions take it: here as it came.
+    """
+    if not k.shape[0]:
+        return q
     if k.device.type == "cpu":
         cpu.append(k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
-        return
+        return q
     rows = (row_slot >= 0).nonzero().squeeze(1)
     slot = row_slot[rows].long()
     position = (seq_lens[slot] - 1 - row_back[rows]).long()
     page = page_table[slot, position // PAGE].long()
     k_pages[page, :, position % PAGE] = k[rows]
     v_pages[page, :, position % PAGE] = v[rows]
+    return q
 
 
 # -- K1 ----------------------------------------------------------------------------------------------------------------

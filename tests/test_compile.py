@@ -107,7 +107,7 @@ def main(arch: int) -> None:
     chosen = tiles(HEAD_DIM, G, torch.bfloat16, arch)
     dims = {"HEAD_DIM": HEAD_DIM, "BLOCK_D": HEAD_DIM}
     pages = {"PAGE": PAGE}
-    heads = {"HEADS": 8, "BLOCK_H": 8}
+    heads = {"HEADS": 8, "BLOCK_H": 8, "G": G, "BLOCK_Q": 8 * G}
     jobs: dict[str, tuple[Any, dict[str, int], dict[str, int]]] = {
         "append": (append.append_kernel, dims | pages | heads, {"num_warps": 4}),
         "prefix": (prefix.prefix_kernel, dims | {"G": G}, chosen.prefix.options()),

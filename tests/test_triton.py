@@ -135,10 +135,10 @@ class Case:
 
         k_pages, v_pages = pool.k_pages(LAYER), pool.v_pages(LAYER)
         places = (pool.page_table, pool.seq_lens, tensors.row_slot, tensors.row_back)
-        append(k, v, k_pages, v_pages, *places)
+        packed = append(q, k, v, k_pages, v_pages, *places)
         state = change_state(
             prefix_attention(
-                q,
+                packed,
                 tensors.node_table,
                 tensors.items,
                 tensors.path_table,
@@ -148,7 +148,7 @@ class Case:
             )
         )
         o, lse = suffix_attention(
-            q,
+            packed,
             k_pages,
             v_pages,
             *places,
@@ -358,15 +358,17 @@ def test_append_writes_its_rows_and_no_other_byte(dtype: str, token_major: bool)
     for pool, rows in zip(expected, (k, v), strict=True):
         for row, (page, token) in {0: (0, 1), 1: (4, 15), 2: (2, 0), 4: (0, 2)}.items():
             pool[page, :, token] = rows[row]
-    append(k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
+    q = torch.randn(5, 2, 6, 80).to(g.dtype)[:, 1]
+    packed = append(q, k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
     assert_same_bits(k_pages, expected[0], "k")
     assert_same_bits(v_pages, expected[1], "v")
+    assert_same_bits(packed, q.unflatten(1, (3, 2)).transpose(0, 1).contiguous(), "q")
 
-    append(k[:0], v[:0], k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
+    append(q, k[:0], v[:0], k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
     assert_same_bits(k_pages, expected[0], "k")
 
     with pytest.raises(AssertionError, match=r"k: \d+ of 19200 differ"):
-        append(k[:1], v[:1], k_pages, v_pages, page_table, seq_lens, row_slot, row_back + 1)
+        append(q[:1], k[:1], v[:1], k_pages, v_pages, page_table, seq_lens, row_slot, row_back + 1)
         assert_same_bits(k_pages, expected[0], "k")
 
 
@@ -611,7 +613,7 @@ def test_a_row_without_suffix_keys_has_its_prefix_alone_or_nothing() -> None:
     slots = [pool.acquire_slot(), pool.acquire_slot()]
     plan = Plan.make(pool, [AgentRows(slots[0], case.nodes[0], 1), AgentRows(slots[1], None, 1)])
     t = plan.tensors
-    q = torch.cat([case.agents[i].q for i in plan.order])
+    q = torch.cat([case.agents[i].q for i in plan.order]).unflatten(1, (1, -1)).transpose(0, 1)
     options = {"num_kv_heads": 1, "layer": LAYER, "sm_scale": case.sm_scale}
     state = prefix_attention(q, t.node_table, t.items, t.path_table, **options)
     pages = (pool.k_pages(LAYER), pool.v_pages(LAYER), pool.page_table, pool.seq_lens, t.row_slot, t.row_back)
@@ -644,9 +646,9 @@ def test_a_step_reads_no_tensor_on_the_host(monkeypatch: pytest.MonkeyPatch) -> 
     pages = (pool.k_pages(LAYER), pool.v_pages(LAYER), pool.page_table, pool.seq_lens, t.row_slot, t.row_back)
     monkeypatch.setattr(Tensor, "tolist", refuse)
     with NoSync():
-        append(agent.k[:2], agent.v[:2], *pages)
-        state = prefix_attention(agent.q, t.node_table, t.items, t.path_table, num_kv_heads=1, layer=0, sm_scale=1.0)
-        suffix_attention(agent.q, *pages, t.suffix_tiles, t.path_table, merge(state, state), sm_scale=1.0)
+        q = append(agent.q, agent.k[:2], agent.v[:2], *pages)
+        state = prefix_attention(q, t.node_table, t.items, t.path_table, num_kv_heads=1, layer=0, sm_scale=1.0)
+        suffix_attention(q, *pages, t.suffix_tiles, t.path_table, merge(state, state), sm_scale=1.0)
     for read, match in ((t.items[0, 0].item, "_local_scalar_dense"), (t.items.tolist, "tolist")):
         with pytest.raises(AssertionError, match=match), NoSync():
             read()

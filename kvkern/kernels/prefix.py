@@ -3,7 +3,7 @@
     state[s] = softmax state of q K^T * sm_scale over V, for the keys of one segment, or of a walk of segments
 
 grid        (row tiles of an item, work items, kv heads): an item has at most plan.PREFIX_BLOCK_M packed rows, or one token
-q           [T, num_qo_heads, head_dim] by strides; packed row r of a kv head is token r // G, query head head * G + r % G
+q           [num_kv_heads, T, G, head_dim], contiguous: packed row r of a kv head is token r // G, query head r % G of its group
 node_table  int64 (address, P, padded P, tokens in a segment): K and V lie at [layer, 2, num_kv_heads, padded P, head_dim]
 items       int32 (node, row begin, row end, segment begin, segment end, state)
 states      m, l [S, num_kv_heads, T * G], acc [S, num_kv_heads, T * G, head_dim], fp32
@@ -51,8 +51,6 @@ def prefix_kernel(
     m_ptr,
     l_ptr,
     acc_ptr,
-    stride_qt,
-    stride_qh,
     packed_rows,
     layer,
     qk_scale,
@@ -85,8 +83,9 @@ def prefix_kernel(
     rows = row_begin + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     in_item = rows < row_end
-    q_ptrs = q_ptr + (rows // G).to(tl.int64)[:, None] * stride_qt + (head * G + rows % G)[:, None] * stride_qh
-    q = tl.load(q_ptrs + dims[None, :], mask=in_item[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    first_ptr = q_ptr + (head.to(tl.int64) * packed_rows + row_begin) * HEAD_DIM
+    offsets = tl.arange(0, BLOCK_M)[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(first_ptr + offsets, mask=in_item[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
     for seg in range(seg_begin, seg_end):
         begin = seg * segment
@@ -132,11 +131,10 @@ def prefix_attention(
 ) -> State:
     """Every row against the segments of its path's nodes, no mask.
 
-    q [T, num_qo_heads, head_dim], any strides but the last, which is 1. Returns m, l [S, num_kv_heads, T * G] and acc
+    q [num_kv_heads, T, G, head_dim], as `append` packs it. Returns m, l [S, num_kv_heads, T * G] and acc
     [S, num_kv_heads, T * G, head_dim], fp32; packed row = token * G + g. Slots that no work item fills are left as they come.
     """
-    rows, num_qo_heads, head_dim = q.shape
-    G = num_qo_heads // num_kv_heads
+    _, rows, G, head_dim = q.shape
     shape = (path_table.shape[1], num_kv_heads, rows * G)
     m = torch.empty(shape, dtype=torch.float32, device=q.device)
     l = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -151,7 +149,6 @@ def prefix_attention(
             m,
             l,
             acc,
-            *q.stride()[:2],
             rows * G,
             layer,
             sm_scale * LOG2E,

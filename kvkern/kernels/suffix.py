@@ -6,8 +6,9 @@ grid          (suffix tiles, kv heads)
 suffix_tiles  int32 (slot, row begin, row end, path): rows of one agent, tokens * G of them packed, at most BLOCK_M
 path_table    int32 [paths, S]: 1 = this state slot starts a node, 2 = continues it, 0 = no more
 pages         [num_pages, num_kv_heads, 16, head_dim] by strides (page, head, token), through page_table[slot]
+q             [num_kv_heads, T, G, head_dim], contiguous
 states        m, l [S, num_kv_heads, T * G], acc [S, num_kv_heads, T * G, head_dim], fp32
-o, lse        [T, num_qo_heads, head_dim] like q, [T, num_qo_heads] fp32, natural logarithm
+o, lse        [T, num_qo_heads, head_dim] of q's dtype, [T, num_qo_heads] fp32, natural logarithm
 
 The fold: a node's states left to right, then the nodes along the path, the first one as it is. The suffix's first 1,024
 tokens go on from that total; each later 1,024 start afresh and are folded in order. A row that ends before its tile does
@@ -90,8 +91,6 @@ def suffix_kernel(
     acc_ptr,
     o_ptr,
     lse_ptr,
-    stride_qt,
-    stride_qh,
     stride_kp,
     stride_kh,
     stride_kt,
@@ -132,7 +131,7 @@ def suffix_kernel(
     v_ptr = v_pages_ptr + head.to(tl.int64) * stride_vh
 
     # q [rows, head_dim]
-    q_ptrs = q_ptr + tokens.to(tl.int64)[:, None] * stride_qt + heads[:, None] * stride_qh + dims[None, :]
+    q_ptrs = q_ptr + (head.to(tl.int64) * packed_rows + rows)[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptrs, mask=inside, other=0.0)
 
     path_ptr = path_table_ptr + path * num_states
@@ -188,12 +187,11 @@ def suffix_attention(
 ) -> tuple[Tensor, Tensor]:
     """Fold the states of each row's path, go on causally over its agent's pages, and finish.
 
-    q [T, num_qo_heads, head_dim], any strides but the last, which is 1. Returns o [T, num_qo_heads, head_dim], like q, and
-    lse [T, num_qo_heads] fp32, natural logarithm; 0 and -inf for padding rows.
+    q [num_kv_heads, T, G, head_dim], as `append` packs it. Returns o [T, num_kv_heads * G, head_dim] of q's dtype and lse
+    [T, num_kv_heads * G] fp32, natural logarithm; 0 and -inf for padding rows.
     """
-    rows, num_qo_heads, head_dim = q.shape
-    num_kv_heads = k_pages.shape[1]
-    G = num_qo_heads // num_kv_heads
+    num_kv_heads, rows, G, head_dim = q.shape
+    num_qo_heads = num_kv_heads * G
     # No tile holds the padding rows, so their output is written here.
     o = torch.zeros((rows, num_qo_heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.full((rows, num_qo_heads), -math.inf, dtype=torch.float32, device=q.device)
@@ -212,7 +210,6 @@ def suffix_attention(
             *state,
             o,
             lse,
-            *q.stride()[:2],
             *k_pages.stride()[:3],
             *v_pages.stride()[:3],
             page_table.stride(0),
