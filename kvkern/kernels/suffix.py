@@ -253,6 +253,8 @@ def suffix_kernel(
             path_ptr, num_states, m_ptr, l_ptr, acc_ptr, place, stride_state, count, HEAD_DIM, BLOCK_M, BLOCK_D
         )
 
+    # A key tile begins with a page, so a key's place in its page is the same in every tile.
+    token = (tl.arange(0, BLOCK_N) % PAGE).to(tl.int64)
     page = page_ids(table_ptr, seg_begin * SEGMENT, longest, PAGE, BLOCK_N)
     for seg in range(seg_begin, seg_end):
         m, l, acc = start(BLOCK_M, BLOCK_D)
@@ -265,7 +267,6 @@ def suffix_kernel(
             if DEBUG:
                 tl.device_assert((page >= 0) & (page < num_pages), "page_table: page out of range", mask=written)
             here = written[:, None] & (dims < HEAD_DIM)[None, :]
-            token = (keys % PAGE).to(tl.int64)
             k_ptrs = k_ptr + (page.to(tl.int64) * stride_kp + token * stride_kt)[:, None] + dims[None, :]
             v_ptrs = v_ptr + (page.to(tl.int64) * stride_vp + token * stride_vt)[:, None] + dims[None, :]
             page = page_ids(table_ptr, first + BLOCK_N, longest, PAGE, BLOCK_N)
