@@ -5,9 +5,16 @@ A kernel with a mistake is the kernel's own source with one line changed: a cont
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
+import json
 import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +24,7 @@ import numpy as np
 import pytest
 import test_triton
 import torch
-from test_triton import LAYER, Agent, Case, Result, assert_same, check, documents
+from test_triton import LAYER, NOWHERE, Agent, Case, Result, assert_same, check, documents
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import INTERPRETING, interpreted, repair
@@ -30,6 +37,8 @@ if INTERPRETING:
     from triton.runtime import interpreter
 
     from kvkern.kernels import suffix
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +101,8 @@ def test_segments_on_any_number_of_workers_give_the_same_bits(dtype: str, monkey
     ("lengths", "dtype"),
     [
         ((1025, 2049), "bfloat16"),
-        larger((1023, 1024, 1025), "float32"),
-        larger((2047, 2048, 2049), "bfloat16"),
-        larger((3071, 3072, 3073), "float32"),
+        larger((1023, 1024), "float32"),
+        larger((2047, 2048, 3073), "bfloat16"),
     ],
 )
 @interpreted
@@ -298,6 +306,138 @@ def test_control_page_ids_of_the_tile_before_are_caught(tmp_path: Path, monkeypa
         check(case, case.run())
 
 
+# -- debug mode --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asserting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As KVKERN_DEBUG=1; the interpreter leaves assertions out unless its own options say so."""
+    if INTERPRETING:
+        builder = interpreter.interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+        monkeypatch.setenv("KVKERN_DEBUG", "1")
+
+
+def corrupt(case: Case, field: str, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """A step in which K2 alone is given a wrong value of one table."""
+    right = suffix.suffix_attention
+
+    def suffix_attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        row_slot: Tensor,
+        row_back: Tensor,
+        tiles: Tensor,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        page_table, seq_lens, tiles = page_table.clone(), seq_lens.clone(), tiles.clone()
+        slot = int(tiles[0, 0])
+        if field == "page_table":
+            page_table[slot, 1] = random.choice([-1, k.shape[0], NOWHERE])
+        elif field == "seq_lens":
+            seq_lens[slot] = random.choice([-1, page_table.shape[1] * PAGE + 1])
+        elif field == "suffix_tiles: slot":
+            tiles[0, 0] = random.choice([-1, page_table.shape[0]])
+        elif field == "suffix_tiles: rows outside":
+            tiles[0, 1:3] = random.choice([torch.tensor([-1, 0]), torch.tensor([q.shape[1], q.shape[1] + 1])])
+        elif field == "suffix_tiles: more rows":
+            tiles[0, 1:3] = torch.tensor([0, q.shape[1]])
+        elif field == "suffix_tiles: path":
+            tiles[0, 3] = random.choice([-1, rest[0].shape[0]])
+        else:
+            assert field == "nothing"
+        return right(q, k, v, page_table, seq_lens, row_slot, row_back, tiles, *rest, **options)
+
+    monkeypatch.setattr(test_triton, "suffix_attention", suffix_attention)
+    return case.run()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "page_table",
+        "seq_lens",
+        "suffix_tiles: slot",
+        "suffix_tiles: rows outside",
+        "suffix_tiles: more rows",
+        "suffix_tiles: path",
+    ],
+)
+@interpreted
+def test_debug_mode_stops_at_a_table_that_is_out_of_range(
+    field: str, asserting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries past the length are out of range in every case here, and are not what it stops at."""
+    case = Case(documents(9), [Agent((0,), 30, 9)], dtype=torch.bfloat16)
+    with pytest.raises(interpreter.InterpreterError, match=field):
+        corrupt(case, field, monkeypatch)
+
+
+@interpreted
+def test_debug_mode_lets_a_right_step_pass(asserting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(documents(9), [Agent((0,), 30, 9), Agent((), 16)], dtype=torch.bfloat16)
+    check(case, corrupt(case, "nothing", monkeypatch))
+
+
+@interpreted
+def test_without_debug_mode_it_does_not_stop(asserting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more rows than a tile has, a program leaves the others out: wrong, but nothing that is not its own."""
+    monkeypatch.delenv("KVKERN_DEBUG")
+    corrupt(Case([], [Agent((), 9, 9)]), "suffix_tiles: more rows", monkeypatch)
+
+
+def compiled() -> dict[str, dict[str, int]]:
+    """How often K2 waits for the kernel before it, asserts and counts arrivals, by what it is compiled with."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+        child = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    found: dict[str, dict[str, int]] = json.loads(child.stdout.splitlines()[-1])
+    return found
+
+
+COMPILE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvkern.kernels.suffix import suffix_kernel
+
+sizes = dict(G=1, HEAD_DIM=16, PAGE=16, SEGMENT=1024, RUN=64, BLOCK_M=16, BLOCK_N=16, BLOCK_D=16)
+words = {"griddepcontrol.wait": 0, "assertfail": 0, "atom.global": 0}
+
+def kind(name):
+    if name.isupper():
+        return "constexpr"
+    if name in ("q_ptr", "o_ptr", "k_pages_ptr", "v_pages_ptr"):
+        return "*bf16"
+    if name.startswith(("m_", "l_", "acc_", "lse_")):
+        return "*fp32"
+    return "fp32" if name == "qk_scale" else "*i32" if name.endswith("_ptr") else "i32"
+
+found = {}
+for on in (None, "SPLIT", "DEBUG", "PDL"):
+    flags = {flag: flag == on for flag in ("SPLIT", "DEBUG", "PDL")}
+    source = ASTSource(suffix_kernel, {name: kind(name) for name in suffix_kernel.arg_names}, sizes | flags)
+    options = {"num_stages": 2, "debug": flags["DEBUG"], "launch_pdl": flags["PDL"]}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    found[str(on)] = {word: ptx.count(word) for word in words}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_waits_assertions_and_arrivals_are_compiled_only_where_asked_for() -> None:
+    found = compiled()
+    for flag, word in (("PDL", "griddepcontrol.wait"), ("DEBUG", "assertfail"), ("SPLIT", "atom.global")):
+        assert [on for on, counts in found.items() if counts[word]] == [flag], found
+
+
 # -- padding, launches -------------------------------------------------------------------------------------------------
 
 
@@ -312,9 +452,7 @@ def scatter_padding(tensors: PlanTensors) -> PlanTensors:
     return tensors
 
 
-@pytest.mark.parametrize(
-    ("G", "head_dim", "dtype"), [(3, 80, "float32"), larger(1, 64, "bfloat16"), larger(16, 64, "float16")]
-)
+@pytest.mark.parametrize(("G", "head_dim", "dtype"), [(3, 80, "float32"), larger(1, 64, "bfloat16")])
 @interpreted
 def test_padding_rows_are_written_wherever_they_are(
     G: int, head_dim: int, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -404,13 +542,13 @@ def test_a_layer_is_three_launches_and_no_fill(workers: int | None, monkeypatch:
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [80, 128])
 @pytest.mark.parametrize("G", [1, 2, 3, 4, 5, 6, 7, 8, 16])
 @pytest.mark.full
 @interpreted
-def test_these_shapes_agree_with_fp64(G: int, head_dim: int, dtype: str) -> None:
-    case = Case(documents(9), [Agent((0,), 66, 2), Agent((), 17)], G=G, head_dim=head_dim, dtype=getattr(torch, dtype))
+def test_these_shapes_agree_with_fp64(G: int, head_dim: int) -> None:
+    dtype = random.choice([torch.float32, torch.float16, torch.bfloat16])
+    case = Case(documents(9), [Agent((0,), 66, 2), Agent((), 17)], G=G, head_dim=head_dim, dtype=dtype)
     check(case, case.run())
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from kvkern.geometry import PAGE, SUFFIX_SEGMENT, next_power_of_2
 from kvkern.kernels.state import ROUNDING, finish, fold, load, start, step, store
-from kvkern.kernels.tiles import arch_of, on, tiles
+from kvkern.kernels.tiles import arch_of, on, switches, tiles
 from kvkern.plain import State
 
 LOG2E = math.log2(math.e)
@@ -233,8 +233,9 @@ def suffix_kernel(
         seg_begin, seg_end = worker * run, tl.minimum((worker + 1) * run, segments)
         if later & (seg_begin >= segments):
             return
-    # Tables were there before K0; states, pages and the memory written below are K0's and K1's until here. K1 may let this
-    # kernel start only after its own wait.
+    # Tables were there before K0. K1 lets this kernel start only after its own wait, so K0 is done; K1's states, and all
+    # that is written below, whose memory K1 may still read as something else, are K1's until here. A program that returned
+    # above has not waited, but one that looks for padding always does, so this launch never ends before K1.
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -458,10 +459,9 @@ def suffix_attention(
             SEGMENT=SUFFIX_SEGMENT,
             RUN=RUN,
             SPLIT=workers > 1,
-            DEBUG=False,
-            PDL=False,
             BLOCK_D=next_power_of_2(head_dim),
             **tile.options(),
+            **switches(q.device),
             **ROUNDING,
         )
     return o, lse
