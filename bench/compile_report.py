@@ -39,6 +39,8 @@ MMA = ("HMMA", "HGMMA", "UTCHMMA")
 LOCAL = ("LDL", "STL")
 SHARED = ("LDS", "STS", "LDSM", "STSM")
 HEADS, ROWS = 8, 128
+SWITCHES = ("TRITON_INTERPRET", "KVKERN_DEBUG", "KVKERN_PDL", "KVKERN_PREFIX")
+"""Variables that would make other kernels than those of a plain launch."""
 
 # -- SASS --------------------------------------------------------------------------------------------------------------
 
@@ -300,10 +302,10 @@ def _append(dtype: torch.dtype, head_dim: int, G: int) -> Any:
     return append(q, k, k, pages, pages, _i32(ROWS, 64), _i32(ROWS), _i32(ROWS), _i32(ROWS))
 
 
-def _prefix(dtype: torch.dtype, head_dim: int, G: int) -> Any:
+def _prefix(dtype: torch.dtype, head_dim: int, G: int, rows: int = ROWS) -> Any:
     from kvkern.kernels.prefix import prefix_attention
 
-    q = torch.zeros((HEADS, ROWS, G, head_dim), dtype=dtype)
+    q = torch.zeros((HEADS, rows, G, head_dim), dtype=dtype)
     table = torch.zeros((1, 4), dtype=torch.int64)
     return prefix_attention(q, table, _i32(16, 6), _i32(1, 4), num_kv_heads=HEADS, layer=0, sm_scale=0.1)
 
@@ -369,13 +371,14 @@ def variants() -> list[Variant]:
         (fp16, "fp16", 128, 4, False),
         (bf16, "bf16", 64, 4, False),
         (bf16, "bf16", 80, 4, False),
-        (bf16, "bf16", 128, 1, False),
         (bf16, "bf16", 128, 16, False),
         (fp32, "fp32", 128, 4, False),
     ):
         shape = f"{name} D{head_dim} G{G}"
         made.append(Variant("prefix", shape, part(_prefix, dtype, head_dim, G), core))
         made.append(Variant("suffix", shape, part(_suffix, dtype, head_dim, G), core))
+    # The form for a step of few rows, where there is one.
+    made.append(Variant("prefix", "bf16 D128 G4 small", part(_prefix, bf16, 128, 4, 16), True, (90,)))
     made.append(Variant("suffix", "bf16 D128 G4 workers", part(_suffix, bf16, 128, 4, 4)))
     made.append(Variant("merge", "fp32 D128", part(_merge, 128, 4), core=True))
 
@@ -472,7 +475,7 @@ def _product(instruction: Instruction) -> str:
 
 def rows_of(arch: int, core: bool, controls: bool = False) -> list[dict[str, Any]]:
     """Rows of one architecture, made by a child without TRITON_INTERPRET: Triton reads that when it decorates."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     command = [sys.executable, "-m", "bench.compile_report", "--child", str(arch)]
     command += ["--core"] * core + ["--controls"] * controls
     with tempfile.TemporaryDirectory() as cache:
@@ -510,9 +513,10 @@ def golden(found: dict[str, Any]) -> dict[str, Any]:
 
 def write_golden(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace the column of the Triton that made the rows; other columns stay."""
-    wrong = [key(found) for found in rows if "error" in found]
-    if wrong:
-        raise SystemExit(f"{path}: not written, since these do not compile: {', '.join(wrong)}")
+    for found in rows:
+        if "error" in found:
+            print(f"{path}: without {key(found)}, which does not compile", file=sys.stderr)
+    rows = [found for found in rows if "error" not in found]
     table = json.loads(path.read_text()) if path.exists() else {}
     for version in {found["triton"] for found in rows}:
         table[version] = {
@@ -553,6 +557,8 @@ def main() -> int:
     parser.add_argument("--child", type=int, choices=ARCHES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
+        # As its command line does, kvkern then leaves transformers out, which takes longer than a kernel.
+        sys.argv[0] = "kvkern"
         chosen = [
             variant
             for variant in variants()
