@@ -219,7 +219,7 @@ def suffix_kernel(
     lengths = seq_len - tl.load(row_back_ptr + tokens, mask=in_tile, other=0)
     longest = seq_len - tl.load(row_back_ptr + row_end - 1)
     if DEBUG:
-        tl.device_assert((seq_len >= 0) & (longest <= capacity), "seq_lens: longer than the page table")
+        tl.device_assert((seq_len >= 0) & (seq_len <= capacity), "seq_lens: longer than the page table")
     table_ptr = page_table_ptr + slot * stride_table
     k_ptr = k_pages_ptr + head.to(tl.int64) * stride_kh
     v_ptr = v_pages_ptr + head.to(tl.int64) * stride_vh
