@@ -98,9 +98,10 @@ class Bench:
         """Seconds of each timed run, after two that are not counted."""
         for _ in range(2):
             run()
-        return [self._once(run) for _ in range(self.options.samples)]
+        return [self.once(run) for _ in range(self.options.samples)]
 
-    def _once(self, run: Callable[[], Any]) -> float:
+    def once(self, run: Callable[[], Any]) -> float:
+        """Seconds of one run."""
         if self.device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize(self.device)
