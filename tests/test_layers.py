@@ -26,6 +26,7 @@ LAYERS = (
         "kernels.state",
         "kernels.append",
         "kernels.prefix",
+        "kernels.prefix_hopper",
         "kernels.suffix",
         "kernels.merge",
     ),
@@ -43,6 +44,7 @@ LAYERS = (
 )
 PLACE = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 NEED_TRITON = {"kernels.tiles", "kernels.state", "kernels.append", "kernels.prefix", "kernels.suffix", "kernels.merge"}
+NEED_TRITON |= {"kernels.prefix_hopper"}
 
 
 def imported(source: str, name: str) -> set[str]:
