@@ -45,6 +45,22 @@ def _flat(
     run = backends.choose(backend, q.device)
     k_pages, v_pages = pages[layer].unbind()
     queries = run.append(q, k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
+    tables = page_table, seq_lens, row_slot, row_back, suffix_tiles, path_table
+    return _after_append(run, queries, k_pages, v_pages, tables, node_table, items, layer, sm_scale)
+
+
+def _after_append(
+    run: backends.Backend,
+    queries: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: tuple[Tensor, ...],
+    node_table: Tensor,
+    items: Tensor,
+    layer: int,
+    sm_scale: float,
+) -> tuple[Tensor, Tensor]:
+    path_table = tables[-1]
     state = run.prefix_attention(
         queries,
         node_table,
@@ -54,19 +70,7 @@ def _flat(
         layer=layer,
         sm_scale=sm_scale,
     )
-    return run.suffix_attention(
-        queries,
-        k_pages,
-        v_pages,
-        page_table,
-        seq_lens,
-        row_slot,
-        row_back,
-        suffix_tiles,
-        path_table,
-        state,
-        sm_scale=sm_scale,
-    )
+    return run.suffix_attention(queries, k_pages, v_pages, *tables, state, sm_scale=sm_scale)
 
 
 @_flat.register_fake
@@ -83,6 +87,66 @@ def _fake(
     path_table: Tensor,
     node_table: Tensor,
     items: Tensor,
+    layer: int,
+    sm_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvkern::shared_prefix_attention_fused", mutates_args=("pages",))
+def _flat_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    row_slot: Tensor,
+    row_back: Tensor,
+    suffix_tiles: Tensor,
+    path_table: Tensor,
+    node_table: Tensor,
+    items: Tensor,
+    q_eps: float,
+    k_eps: float,
+    layer: int,
+    sm_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The flat operator with norm and RoPE of q and k before it, in K0's one launch."""
+    run = backends.choose(backend, q.device)
+    k_pages, v_pages = pages[layer].unbind()
+    places = page_table, seq_lens, row_slot, row_back
+    queries = run.append_fused(q, k, v, q_norm, k_norm, cos, sin, k_pages, v_pages, *places, q_eps=q_eps, k_eps=k_eps)
+    tables = *places, suffix_tiles, path_table
+    return _after_append(run, queries, k_pages, v_pages, tables, node_table, items, layer, sm_scale)
+
+
+@_flat_fused.register_fake
+def _fake_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    row_slot: Tensor,
+    row_back: Tensor,
+    suffix_tiles: Tensor,
+    path_table: Tensor,
+    node_table: Tensor,
+    items: Tensor,
+    q_eps: float,
+    k_eps: float,
     layer: int,
     sm_scale: float,
     backend: str | None,
@@ -157,6 +221,52 @@ def shared_prefix_attention(
         backend,
     )
     return (o, lse) if return_lse else o
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    plan: Plan,
+    pages: PagePool,
+    *,
+    layer: int,
+    q_eps: float,
+    k_eps: float,
+    sm_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`shared_prefix_attention` of q and k as Qwen3's projections give them: K0 does their norm and RoPE as well.
+
+    q_norm, k_norm  [head_dim], weights of the RMS norm of each head; q_eps, k_eps are added to the mean square
+    cos, sin        [rows, head_dim], as transformers' rotary embedding makes them: both halves alike
+
+    Returns o. Raises as `shared_prefix_attention`, naming the argument.
+    """
+    _check_rows(q, k, v, plan, pages, layer)
+    rows, _, head_dim = q.shape
+    for name, tensor, needed in (
+        ("q_norm", q_norm, (head_dim,)),
+        ("k_norm", k_norm, (head_dim,)),
+        ("cos", cos, (rows, head_dim)),
+        ("sin", sin, (rows, head_dim)),
+    ):
+        if tuple(tensor.shape) != needed:
+            raise ShapeError(name, found=list(tensor.shape), needed=list(needed), do="bring those of the model's layer")
+        if tensor.stride(-1) != 1:
+            raise ShapeError(f"{name}.stride(-1)", found=tensor.stride(-1), needed=1, do=f"pass {name}.contiguous()")
+        if tensor.dtype != q.dtype:
+            raise DtypeError(name, found=tensor.dtype, needed=f"{q.dtype} as q", do="convert it")
+        if tensor.device != q.device:
+            raise DeviceError(name, found=tensor.device, needed=f"{q.device} as q", do="move it")
+    sm_scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    tables = pages.pages, pages.page_table, pages.seq_lens, *plan.tensors
+    o, _ = _flat_fused(q, k, v, q_norm, k_norm, cos, sin, *tables, q_eps, k_eps, layer, sm_scale, backend)
+    return o
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pages: PagePool, layer: int) -> None:

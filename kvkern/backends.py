@@ -20,7 +20,7 @@ NAMES = ("triton", "cpu", "torch")
 
 
 class Backend(NamedTuple):
-    """The four functions of the contract (see `plain` for shapes), and why this backend was chosen."""
+    """The functions of the contract (see `plain` for shapes), and why this backend was chosen."""
 
     name: str
     why: str
@@ -28,6 +28,7 @@ class Backend(NamedTuple):
     prefix_attention: Callable[..., plain.State]
     suffix_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     merge: Callable[[plain.State, plain.State], plain.State]
+    append_fused: Callable[..., torch.Tensor] = plain.append_fused
 
 
 def choose(name: str | None, device: torch.device | str) -> Backend:
@@ -82,4 +83,6 @@ def _choose(name: str | None, device: str, interpreter: bool) -> Backend:
         )
     from kvkern.kernels import append, merge, prefix, suffix
 
-    return Backend(name, why, append.append, prefix.prefix_attention, suffix.suffix_attention, merge.merge)
+    return Backend(
+        name, why, append.append, prefix.prefix_attention, suffix.suffix_attention, merge.merge, append.append_fused
+    )

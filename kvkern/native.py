@@ -21,6 +21,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 LOG2E = math.log2(math.e)
 
 append = plain.append
+append_fused = plain.append_fused
 
 
 def prefix_attention(

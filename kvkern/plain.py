@@ -123,6 +123,40 @@ def append(
     return q
 
 
+def append_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    row_slot: Tensor,
+    row_back: Tensor,
+    *,
+    q_eps: float,
+    k_eps: float,
+) -> Tensor:
+    """`append` of q and k as the projections give them: norm of each head by weights [head_dim], then RoPE by cos and sin
+    [T, head_dim], rounded where transformers' Qwen3 rounds. Returns q as `append` does."""
+    q, k = _rope(_norm(q, q_norm, q_eps), cos, sin), _rope(_norm(k, k_norm, k_eps), cos, sin)
+    return append(q, k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
 # -- K1 ----------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,218 @@
+"""Norm, RoPE and append in one: the kernel against fp64, the operator's refusals, and an engine on a fused Qwen3."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from models import QUESTIONS, TEXT, tiny_model, tiny_tokenizer
+from test_attention import Step
+from torch import Tensor
+from triton_interpreter import INTERPRETING, interpreted, repair
+
+import kvkern
+from kvkern import backends, plain, qwen3
+from kvkern.attention import fused_attention
+from kvkern.engine import Engine
+from kvkern.errors import DtypeError, ShapeError, UnsupportedError
+from kvkern.geometry import PAGE
+
+if INTERPRETING:
+    from kvkern.kernels.append import append_fused
+
+EPS = 1e-6
+NOWHERE = 2**31 - 1
+
+
+def exact(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Norm and RoPE in fp64, pair by pair."""
+    x, weight, cos, sin = (part.double() for part in (x, weight, cos, sin))
+    y = x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + EPS).sqrt() * weight
+    out = torch.empty_like(y)
+    half = x.shape[-1] // 2
+    for d in range(half):
+        a, b = y[..., d], y[..., d + half]
+        out[..., d] = a * cos[:, None, d] - b * sin[:, None, d]
+        out[..., d + half] = b * cos[:, None, d + half] + a * sin[:, None, d + half]
+    return out
+
+
+def assert_close_as(found: Tensor, theirs: Tensor, expected: Tensor, name: str) -> None:
+    """fp32 to rounding; else at most 2x (max) and 1.5x (mean) of the error of transformers' own steps."""
+    error, allowed = (found.double() - expected).abs(), (theirs.double() - expected).abs()
+    assert found.isfinite().all()
+    if found.dtype == torch.float32:
+        assert error.max() <= 1e-6 * expected.abs().max(), f"{name}: max error {error.max()}"
+        return
+    assert error.max() <= 2 * allowed.max(), f"{name}: max error {error.max()} against {allowed.max()}"
+    assert error.mean() <= 1.5 * allowed.mean(), f"{name}: mean error {error.mean()} against {allowed.mean()}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "G", "head_dim"),
+    [
+        ("float32", 1, 64),
+        ("float32", 3, 80),
+        ("float32", 16, 128),
+        ("bfloat16", 2, 80),
+        ("bfloat16", 4, 128),
+        ("bfloat16", 8, 64),
+        ("float16", 7, 128),
+    ],
+)
+@interpreted
+def test_the_kernel_agrees_with_fp64_and_writes_its_rows_alone(
+    dtype: str, G: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strided rows of one projection, pages token by token, and a padding row of NaN; a row alone has the same bits."""
+    repair(monkeypatch)
+    heads, kind = 2, getattr(torch, dtype)
+    qkv = torch.randn(5, (G + 2) * heads, head_dim).to(kind)
+    qkv[3] = math.nan
+    q, k, v = qkv.split((G * heads, heads, heads), dim=1)
+    weights = [(torch.rand(head_dim) + 0.5).to(kind) for _ in range(2)]
+    angle = torch.rand(5, head_dim // 2).repeat(1, 2) * 6
+    cos, sin = angle.cos().to(kind), angle.sin().to(kind)
+    table = torch.tensor([[4, 2, NOWHERE], [1, NOWHERE, -7], [3, 0, NOWHERE]], dtype=torch.int32)
+    lengths = torch.tensor([17, 3, 19], dtype=torch.int32)
+    slot = torch.tensor([2, 0, 0, -1, 2], dtype=torch.int32)
+    back = torch.tensor([1, 1, 0, 0, 0], dtype=torch.int32)
+    places = {0: (0, 1), 1: (4, 15), 2: (2, 0), 4: (0, 2)}
+
+    def run(cos: Tensor, rows: slice = slice(None), eps: float = EPS) -> tuple[Tensor, Tensor, Tensor]:
+        pages = [torch.full((5, PAGE, heads, head_dim), math.nan, dtype=kind).transpose(1, 2) for _ in range(2)]
+        packed = append_fused(
+            *(part[rows] for part in (q, k, v)),
+            *weights,
+            cos[rows],
+            sin[rows],
+            *pages,
+            table,
+            lengths,
+            slot[rows],
+            back[rows],
+            q_eps=eps,
+            k_eps=eps,
+        )
+        return packed.transpose(0, 1).flatten(1, 2), *pages
+
+    def check(cos_given: Tensor, eps: float = EPS) -> None:
+        found, k_pages, v_pages = run(cos_given, eps=eps)
+        seen = [row for row in range(5) if row != 3]
+        written = torch.stack([k_pages[page, :, token] for page, token in places.values()])
+        for name, got, x, weight in (("q", found[seen], q, weights[0]), ("k", written, k, weights[1])):
+            theirs = plain._rope(plain._norm(x, weight, EPS), cos, sin)
+            assert_close_as(got, theirs[seen], exact(x, weight, cos, sin)[seen], name)
+        for row, (page, token) in places.items():
+            assert_same_bits(v_pages[page, :, token], v[row], f"v[{row}]")
+            k_pages[page, :, token] = v_pages[page, :, token] = math.nan
+        assert k_pages.isnan().all() and v_pages.isnan().all()
+
+    check(cos)
+    together = run(cos)
+    for row, (page, token) in places.items():
+        alone = run(cos, slice(row, row + 1))
+        assert_same_bits(alone[0][0], together[0][row], f"q[{row}]")
+        assert_same_bits(alone[1][page, :, token], together[1][page, :, token], f"k[{row}]")
+    with pytest.raises(AssertionError, match=r"q: m(ax|ean) error"):
+        check(cos.roll(1, dims=0))
+    with pytest.raises(AssertionError, match=r"q: m(ax|ean) error"):
+        check(cos, eps=0.5)
+
+
+# -- the operator ------------------------------------------------------------------------------------------------------
+
+
+def fused_arguments(step: Step) -> dict[str, Any]:
+    angle = torch.rand(6, 16).repeat(1, 2)
+    dtype = step.q.dtype
+    norms = {"q_norm": torch.rand(32).to(dtype), "k_norm": torch.rand(32).to(dtype)}
+    turned = {"cos": angle.cos().to(dtype), "sin": angle.sin().to(dtype)}
+    return {**step.arguments(), **norms, **turned, "q_eps": EPS, "k_eps": EPS}
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm", "cos", "sin"])
+def test_weights_and_angles_that_do_not_fit_are_refused(name: str) -> None:
+    step = Step()
+    good = fused_arguments(step)
+    step.guard.seal()
+    for change, kind, field in (
+        (lambda t: t[..., :16], ShapeError, name),
+        (lambda t: t[None], ShapeError, name),
+        (lambda t: torch.stack([t, t], dim=-1)[..., 0], ShapeError, f"{name}.stride(-1)"),
+        (lambda t: t.half(), DtypeError, name),
+    ):
+        with pytest.raises(kind) as caught:
+            fused_attention(**good | {name: change(good[name])})
+        assert caught.value.field == field
+    step.guard.check("pages")
+
+
+def test_the_fused_operator_passes_opcheck() -> None:
+    step = Step()
+    a, pool = fused_arguments(step), step.pool
+    rows = [a[name] for name in ("q", "k", "v", "q_norm", "k_norm", "cos", "sin")]
+    tables = pool.pages, pool.page_table, pool.seq_lens, *step.plan.tensors
+    operator = torch.ops.kvkern.shared_prefix_attention_fused.default
+    passed = torch.library.opcheck(operator, (*rows, *tables, EPS, EPS, 1, 32**-0.5, "torch"))
+    assert passed and set(passed.values()) == {"SUCCESS"}
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def answers(model: Any, backend: str, questions: Any = QUESTIONS[:4]) -> list[tuple[int, ...]]:
+    with kvkern.publish(model, tiny_tokenizer(), TEXT) as doc:
+        engine = Engine(model, tiny_tokenizer(), memory_bytes=1 << 20, backend=backend, debug=True)
+        return [a.token_ids for a in engine.ask(doc, questions, ordered=True, max_new_tokens=5, eos_token_id=[])]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_fused_engine_answers_as_before_and_takes_the_fused_way(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    for name, weight in model.named_parameters():
+        if "_norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    before, state = answers(model, backend), {n: t.data_ptr() for n, t in model.state_dict().items()}
+    calls = []
+    inner = qwen3.fused_attention
+    monkeypatch.setattr(qwen3, "fused_attention", lambda *a, **o: calls.append(o["layer"]) or inner(*a, **o))
+    with qwen3.fuse(model):
+        assert {n: t.data_ptr() for n, t in model.state_dict().items()} == state
+        assert answers(model, backend) == before
+        assert {0, 1} == set(calls)
+        assert [answers(model, backend, [q])[0] for q in QUESTIONS[:2]] == before[:2]
+        monkeypatch.setattr(
+            qwen3, "fused_attention", lambda *a, **o: inner(*a[:5], *(t.roll(1, 0) for t in a[5:7]), *a[7:], **o)
+        )
+        assert answers(model, backend) != before, "control: angles of another row"
+    calls.clear()
+    assert answers(model, backend) == before and not calls
+
+
+def test_what_cannot_be_fused_is_refused_by_name() -> None:
+    model = tiny_model()
+    fusion = qwen3.fuse(model)
+    refused = (
+        (model, "model.attention.forward"),
+        (tiny_model("llama"), "model.attention"),
+        (tiny_model(attention="sdpa"), "attn_implementation"),
+        (tiny_model().train(), "model.training"),
+    )
+    for made, field in refused:
+        with pytest.raises(UnsupportedError) as caught:
+            qwen3.fuse(made)
+        assert caught.value.field == field
+    fusion.remove()
+    fusion.remove()
+    qwen3.fuse(model).remove()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_every_backend_has_the_fused_form() -> None:
+    assert {backends.choose(name, "cpu").append_fused for name in ("cpu", "torch")} == {plain.append_fused}
