@@ -417,7 +417,8 @@ def suffix_attention(
         if workers is None:
             workers = _workers(capacity, num_tiles * num_kv_heads, _processors(q.device))
         arrived = _counters.get(q.device, num_tiles * num_kv_heads) if workers > 1 else None
-        part: tuple[Tensor | None, ...] = (None, None, None)
+        # One worker never uses these, but its code is compiled with them all the same.
+        part: tuple[Tensor, ...] = tuple(state)
         if arrived is None:
             workers = 1
         else:
