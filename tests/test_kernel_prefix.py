@@ -62,7 +62,9 @@ def run(case: Case, **constants: int) -> Result:
 
 
 def small_case(dtype: str, G: int, head_dim: int, tokens: int = 1100) -> Case:
-    """A walk, of two segments unless `tokens` says less, with a tail; a node below it, one key, a whole tile; 15 rows, so from G = 5 on two tiles of 64."""
+    """A walk with a tail, of two segments unless `tokens` says less; a node below it, one key, a whole tile; 15 rows: from G = 5 on
+    two tiles of 64.
+    """
     nodes = [(tokens, None), (33, 0), (1, None), (128, None)]
     agents = [Agent((0,), 3, 3), Agent((0, 1), 9, 8), Agent((2,), 2, 2), Agent((3,), 1), Agent((), 1)]
     return Case(nodes, agents, G=G, head_dim=head_dim, num_kv_heads=1 + (G < 4), dtype=getattr(torch, dtype))
