@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from models import QUESTIONS, TEXT, tiny_model, tiny_tokenizer
-from test_attention import Step
+from test_attention import PLANS, Compiled, Step
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted, repair
 
@@ -159,6 +159,26 @@ def test_the_fused_operator_passes_opcheck() -> None:
     operator = torch.ops.kvkern.shared_prefix_attention_fused.default
     passed = torch.library.opcheck(operator, (*rows, *tables, EPS, EPS, 1, 32**-0.5, "torch"))
     assert passed and set(passed.values()) == {"SUCCESS"}
+
+
+@pytest.mark.full
+def test_compiled_the_fused_operator_has_the_eager_bits_and_a_new_plan_does_not_recompile() -> None:
+    step = Compiled(backend="aot_eager", dynamic=True)
+    weight = torch.rand(32)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, plan: Any) -> tuple[Tensor, ...]:
+        cos, sin = q[:, 0].cos(), q[:, 0].sin()
+        o = fused_attention(
+            q * 2, k, v + 1, weight, weight, cos, sin, plan, step.pool, layer=1, q_eps=EPS, k_eps=EPS, backend="torch"
+        )
+        return o, o.sin()
+
+    step.function = function  # type: ignore[method-assign]
+    step.compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    step.same_bits(PLANS[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for agents in PLANS:
+            step.same_bits(agents)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
