@@ -228,6 +228,7 @@ def test_a_gpu_before_sm_80_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
 def test_switches_are_off_unless_asked_for_and_dependent_launch_is_for_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     off = {"DEBUG": False, "PDL": False}
+    monkeypatch.delenv("KVKERN_DEBUG", raising=False)
     assert tiles.switches(cpu) == tiles.switches(cuda) == off
     for name in ("KVKERN_DEBUG", "KVKERN_PDL"):
         monkeypatch.setenv(name, "0")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -52,7 +53,7 @@ class _Child:
     def __init__(self) -> None:
         hidden = ("PYTEST_", "COV_CORE_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "KVKERN_DEBUG": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -134,6 +135,9 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
             return handle(np.where(np.isnan(src.data), 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
         return cast(self, src, dst_type)
 
+    # Without this an assertion of a kernel is left out, and KVKERN_DEBUG=1 would check nothing.
+    made = interpreter.interpreter_builder
+    monkeypatch.setattr(made, "options", dataclasses.replace(made.options, debug=True))
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(builder, "create_fma", create_fma)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)

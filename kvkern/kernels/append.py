@@ -24,10 +24,45 @@ import triton.language as tl
 from torch import Tensor
 
 from kvkern.geometry import PAGE, next_power_of_2
-from kvkern.kernels.tiles import on
+from kvkern.kernels.state import ROUNDING
+from kvkern.kernels.tiles import on, switches
 
 
-@triton.jit(do_not_specialize=["rows", "kv_rows"])
+@triton.jit
+def after_the_kernel_before(PDL: tl.constexpr):
+    """With programmatic dependent launch: wait for the kernel ahead, and let K1 begin, which waits for this one in its turn."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def place_of(
+    row,
+    slot,
+    page_table_ptr,
+    seq_lens_ptr,
+    row_back_ptr,
+    stride_table,
+    num_slots,
+    num_pages,
+    capacity,
+    PAGE: tl.constexpr,
+    DEBUG: tl.constexpr,
+):
+    """Page and token in it (64 bits) of a row of this slot."""
+    if DEBUG:
+        tl.device_assert(slot < num_slots, "row_slot: slot out of range")
+    position = tl.load(seq_lens_ptr + slot) - 1 - tl.load(row_back_ptr + row)
+    if DEBUG:
+        tl.device_assert((position >= 0) & (position < capacity), "row_back: a position outside the page table")
+    page = tl.load(page_table_ptr + slot * stride_table + position // PAGE).to(tl.int64)
+    if DEBUG:
+        tl.device_assert((page >= 0) & (page < num_pages), "page_table: page out of range")
+    return page, (position % PAGE).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["rows", "kv_rows", "num_slots", "num_pages", "capacity"])
 def append_kernel(
     q_ptr,
     k_ptr,
@@ -54,6 +89,9 @@ def append_kernel(
     stride_table,
     rows,
     kv_rows,
+    num_slots,
+    num_pages,
+    capacity,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -61,7 +99,10 @@ def append_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEBUG: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_the_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
 
     # [query heads, head_dim]
@@ -77,9 +118,9 @@ def append_kernel(
     slot = tl.load(row_slot_ptr + row).to(tl.int64)
     if slot < 0:
         return
-    position = tl.load(seq_lens_ptr + slot) - 1 - tl.load(row_back_ptr + row)
-    page = tl.load(page_table_ptr + slot * stride_table + position // PAGE).to(tl.int64)
-    token = (position % PAGE).to(tl.int64)
+    page, token = place_of(
+        row, slot, page_table_ptr, seq_lens_ptr, row_back_ptr, stride_table, num_slots, num_pages, capacity, PAGE, DEBUG
+    )
 
     # [heads, head_dim]
     heads = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
@@ -130,6 +171,9 @@ def append(
             page_table.stride(0),
             rows,
             kv_rows,
+            page_table.shape[0],
+            k_pages.shape[0],
+            page_table.shape[1] * PAGE,
             G=G,
             HEADS=heads,
             HEAD_DIM=head_dim,
@@ -138,6 +182,8 @@ def append(
             BLOCK_H=next_power_of_2(heads),
             BLOCK_D=next_power_of_2(head_dim),
             num_warps=4,
+            **switches(q.device),
+            **ROUNDING,
         )
     return packed
 
@@ -162,7 +208,7 @@ def norm_rope(x_ptr, weight_ptr, cos_ptr, sin_ptr, heads, stride_h, eps, inside,
     return tl.fma(y, cos, tl.where(dims < HALF, -y_other, y_other) * sin)
 
 
-@triton.jit(do_not_specialize=["rows", "q_eps", "k_eps"])
+@triton.jit(do_not_specialize=["rows", "q_eps", "k_eps", "num_slots", "num_pages", "capacity"])
 def append_fused_kernel(
     q_ptr,
     k_ptr,
@@ -196,6 +242,9 @@ def append_fused_kernel(
     rows,
     q_eps,
     k_eps,
+    num_slots,
+    num_pages,
+    capacity,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -203,7 +252,10 @@ def append_fused_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEBUG: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_the_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     cos_ptr += row * stride_ct
     sin_ptr += row * stride_st
@@ -221,9 +273,9 @@ def append_fused_kernel(
     slot = tl.load(row_slot_ptr + row).to(tl.int64)
     if slot < 0:
         return
-    position = tl.load(seq_lens_ptr + slot) - 1 - tl.load(row_back_ptr + row)
-    page = tl.load(page_table_ptr + slot * stride_table + position // PAGE).to(tl.int64)
-    token = (position % PAGE).to(tl.int64)
+    page, token = place_of(
+        row, slot, page_table_ptr, seq_lens_ptr, row_back_ptr, stride_table, num_slots, num_pages, capacity, PAGE, DEBUG
+    )
 
     # [heads, head_dim]
     heads = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
@@ -291,6 +343,9 @@ def append_fused(
             rows,
             q_eps,
             k_eps,
+            page_table.shape[0],
+            k_pages.shape[0],
+            page_table.shape[1] * PAGE,
             G=G,
             HEADS=heads,
             HEAD_DIM=head_dim,
@@ -299,5 +354,7 @@ def append_fused(
             BLOCK_H=next_power_of_2(heads),
             BLOCK_D=next_power_of_2(head_dim),
             num_warps=4,
+            **switches(q.device),
+            **ROUNDING,
         )
     return packed
