@@ -1,4 +1,7 @@
-"""K1 in Gluon, compiled for an sm_90 that is not there: registers, shared memory, and whether the softmax is overlapped.
+"""K1 in Gluon for an sm_90 that is not there: compiled, its instructions read; and run by a stand-in for Gluon.
+
+Compiled: registers, shared memory, and whether the softmax is overlapped. Run: its states against fp64, its barriers under
+orders that are drawn, and mistakes planted in its source, each of which must be seen.
 
 This file, run as a program, is the child that compiles: without TRITON_INTERPRET, which Triton reads on decoration.
 """
@@ -8,18 +11,28 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 import os
+import random
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gluon_stand_in
+import numpy as np
 import pytest
 import torch
 
+from kvkern.geometry import pad_tokens
+from kvkern.plan import PREFIX_BLOCK_M
+
 ROOT = Path(__file__).resolve().parent.parent
+LOG2E = math.log2(math.e)
 WAIT = "mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1)\n"
 """The wait for the next K in the main loop, between the softmax and the wait for P V."""
 
@@ -79,6 +92,296 @@ def test_anything_but_hopper_with_16_bits_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="hopper"):
         q = torch.zeros(1, 2, 4, 128, dtype=torch.bfloat16)
         prefix_attention_hopper(q, nothing.long(), nothing, nothing, layer=0, sm_scale=1.0)
+
+
+# -- run, without a GPU ------------------------------------------------------------------------------------------------
+
+
+class Launch:
+    """Nodes, items and queries drawn from a seed, and one run of the kernel in the stand-in under the same seed."""
+
+    def __init__(self, seed: int, **fixed: Any) -> None:
+        rng = random.Random(seed)
+
+        def draw(name: str, choices: Sequence[Any]) -> Any:
+            drawn = rng.choice(choices)
+            return fixed.get(name, drawn)
+
+        self.seed, self.values = seed, np.random.default_rng(seed)
+        self.kind = draw("kind", ["bfloat16", "float16"])
+        self.head_dim = draw("head_dim", [64, 128])
+        self.G = draw("G", [1, 3, 4, 7])
+        self.num_kv_heads = draw("num_kv_heads", [1, 2])
+        self.programs = draw("programs", [1, 2, 3])
+        self.segment = draw("segment", [128, 256, 512])
+        self.tokens = draw("tokens", [[1, 127], [128], [129, 300], [257, 1], [1025], [640, 130], [384, 129, 2]])
+        self.layer, self.layers = 1, 2
+        # Wide enough that the maximum goes up from tile to tile.
+        self.sm_scale = 0.3
+
+        # The rows of a node are some of the step's; those of no node, and the states of no item, are left alone.
+        most = max(1, PREFIX_BLOCK_M // self.G)
+        self.items: list[tuple[int, ...]] = []
+        state = row = 0
+        for node, tokens in enumerate(self.tokens):
+            rows = max(1, draw("rows", [1, 2, most - 1, most, most + 1 + rng.randrange(most)]))
+            segments = -(-tokens // self.segment)
+            cuts = sorted({0, segments} | {rng.randrange(segments) for _ in range(rng.randrange(3))})
+            for begin, end in pairwise(cuts):
+                for first in range(row, row + rows, most):
+                    self.items.append((node, first, min(first + most, row + rows), begin, end, state))
+                state += 1 if begin == 0 else end - begin
+            row += rows if rng.random() < 0.7 else 0
+        self.rows, self.states = max(item[2] for item in self.items) + rng.randrange(3), state + 1
+        rng.shuffle(self.items)
+        # As a plan pads its table: an item without rows does nothing.
+        self.items += [(0,) * 6] * rng.randrange(2)
+
+    def run(self, text: str) -> np.ndarray:
+        """Largest errors of m, l and acc, each in units of what is allowed."""
+        machine = gluon_stand_in.Machine(self.seed)
+        kind = gluon_stand_in.KINDS[self.kind]
+        packed = self.rows * self.G
+
+        def drawn(*shape: int) -> np.ndarray:
+            return np.asarray(kind.cast(self.values.standard_normal(shape, np.float32)))
+
+        q = drawn(self.num_kv_heads, packed, self.head_dim)
+        blocks = []
+        for tokens in self.tokens:
+            block = drawn(self.layers, 2, self.num_kv_heads, pad_tokens(tokens), self.head_dim)
+            block[..., tokens:, :] = 0
+            blocks.append(block)
+        # At least two rows, as a plan pads it.
+        table = [
+            (machine.address(block), tokens, block.shape[3], self.segment)
+            for block, tokens in zip(blocks, self.tokens, strict=True)
+        ]
+        table += [(0,) * 4] * (2 - len(table))
+        m, l = (np.full((self.states, self.num_kv_heads, packed), np.nan, np.float32) for _ in range(2))
+        acc = np.full((*m.shape, self.head_dim), np.nan, np.float32)
+        i32, scale = functools.partial(gluon_stand_in.value, dtype=np.int32), np.float32(self.sm_scale * LOG2E)
+        machine.launch(
+            text,
+            "prefix_hopper_kernel",
+            self.programs,
+            machine.pointer(q, self.kind),
+            machine.pointer(np.array(table, np.int64), "int64"),
+            machine.pointer(np.array(self.items, np.int32), "int32"),
+            machine.pointer(m, "float32"),
+            machine.pointer(l, "float32"),
+            machine.pointer(acc, "float32"),
+            i32(packed),
+            i32(len(self.items)),
+            i32(self.num_kv_heads),
+            i32(self.layer),
+            gluon_stand_in.value(scale),
+            G=self.G,
+            HEAD_DIM=self.head_dim,
+        )
+        self.switches = machine.switches
+        return self.errors(q, blocks, m, l, acc)
+
+    def errors(
+        self, q: np.ndarray, blocks: list[np.ndarray], m: np.ndarray, l: np.ndarray, acc: np.ndarray
+    ) -> np.ndarray:
+        """Against fp64 over the keys of each state at once, and nothing but those states written."""
+        unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[self.kind]
+        untouched = np.ones(m.shape, bool)
+        worst = np.zeros(3)
+        for node, row_begin, row_end, seg_begin, seg_end, state in self.items:
+            for head in range(self.num_kv_heads if row_begin < row_end else 0):
+                rows = slice(row_begin * self.G, row_end * self.G)
+                k, v = blocks[node][self.layer, :, head].astype(np.float64)
+                ends = [(0, seg_end)] if seg_begin == 0 else [(s, s + 1) for s in range(seg_begin, seg_end)]
+                for n, (begin, end) in enumerate(ends):
+                    keys = slice(begin * self.segment, min(end * self.segment, self.tokens[node]))
+                    place = (state + n, head, rows)
+                    scores = q[head, rows].astype(np.float64) @ k[keys].T * (self.sm_scale * LOG2E)
+                    p = np.exp2(scores - m[place][:, None])
+                    # A weight is rounded once, to the tensor cores' type, which cannot hold one below 2^-24 in fp16;
+                    # the rest is fp32's.
+                    bound = 1.1 * unit * (p @ np.abs(v[keys])) + 2.0**-24 * np.abs(v[keys]).sum(0) + 1e-4
+                    worst = np.maximum(
+                        worst,
+                        [
+                            np.max(np.abs(m[place] - scores.max(1)) / 1e-4),
+                            np.max(np.abs(l[place] / p.sum(1) - 1) / 1e-4),
+                            np.max(np.abs(acc[place] - p @ v[keys]) / bound),
+                        ],
+                    )
+                    untouched[place] = False
+        assert np.isnan(m[untouched]).all() and np.isnan(l[untouched]).all() and np.isnan(acc[untouched]).all()
+        return worst
+
+
+def run_launch(text: str, seed: int, **fixed: Any) -> None:
+    """Raises a Fault, or an AssertionError that names what is wrong."""
+    launch = Launch(seed, **fixed)
+    worst = launch.run(text)
+    assert (worst < 1).all(), f"seed {seed}: m, l, acc off by {worst} of what is allowed"
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    return (ROOT / "kvkern/kernels/prefix_hopper.py").read_text()
+
+
+def test_every_state_is_right_in_whatever_order_its_warps_go_on(source: str, seed: int) -> None:
+    for n in range(48):
+        run_launch(source, seed + n)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(4))
+def test_every_state_is_right_in_150_orders_more(source: str, seed: int, part: int) -> None:
+    for n in range(150):
+        run_launch(source, seed + n)
+
+
+def test_a_table_without_nodes_does_nothing(source: str, seed: int) -> None:
+    launch = Launch(seed, tokens=[1])
+    launch.items, launch.tokens = [(0,) * 6] * 2, []
+    launch.run(source)
+
+
+def test_a_seed_is_one_order(source: str, seed: int) -> None:
+    first, second, other = Launch(seed), Launch(seed), Launch(seed, tokens=[1025, 3])
+    assert (first.run(source) == second.run(source)).all() and first.switches == second.switches
+    assert other.run(source).shape == (3,) and other.switches != first.switches
+
+
+MUTANTS = {
+    # A barrier's phase.
+    "K is copied a phase early": (
+        "mbarrier.wait(k_free.index(stage), phase ^ 1)",
+        "mbarrier.wait(k_free.index(stage), phase)",
+    ),
+    "V is copied a phase early": (
+        "mbarrier.wait(v_free.index(stage), phase ^ 1)",
+        "mbarrier.wait(v_free.index(stage), phase)",
+    ),
+    "V is read a phase early": (
+        "mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)",
+        "mbarrier.wait(v_full.index(before), (((tile - 1) // STAGES) & 1) ^ 1)",
+    ),
+    "K is read a phase early": (WAIT, WAIT.replace("& 1)\n", "& 1 ^ 1)\n")),
+    "the phase is the stage's": (
+        "(tile // STAGES) & 1\n                    mbarrier.wait",
+        "tile & 1\n                    mbarrier.wait",
+    ),
+    "a descriptor waits for the phase before": (
+        "mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1, pred=last >= 0)",
+        "mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1 ^ 1, pred=last >= 0)",
+    ),
+    # A buffer that is not given back, or too early, or by too few.
+    "K of a first tile is kept": (
+        "s = warpgroup_mma_wait(0, deps=(s,))\n                mbarrier.arrive(k_free.index(stage))\n",
+        "s = warpgroup_mma_wait(0, deps=(s,))\n",
+    ),
+    "K of a later tile is kept": (
+        "s = warpgroup_mma_wait(1, deps=(s,))\n        mbarrier.arrive(k_free.index(stage))\n",
+        "s = warpgroup_mma_wait(1, deps=(s,))\n",
+    ),
+    "V of a last tile is kept": ("mbarrier.arrive(v_free.index(stage))\n", "pass\n"),
+    "V of an earlier tile is kept": ("mbarrier.arrive(v_free.index(before))\n", "pass\n"),
+    # Of a first tile alone: in `overlapped` this is no mistake, since the next copy into K also waits for V.
+    "K is given back before the wait for its product": (
+        "s = warpgroup_mma_wait(0, deps=(s,))\n                mbarrier.arrive(k_free.index(stage))\n",
+        "mbarrier.arrive(k_free.index(stage))\n                s = warpgroup_mma_wait(0, deps=(s,))\n",
+    ),
+    "V is given back before the wait for its product": (
+        "        acc = warpgroup_mma_wait(0, deps=(acc,))\n        mbarrier.arrive(v_free.index(before))\n",
+        "        mbarrier.arrive(v_free.index(before))\n        acc = warpgroup_mma_wait(0, deps=(acc,))\n",
+    ),
+    "V is given back twice": (
+        "        mbarrier.arrive(v_free.index(before))\n",
+        "        mbarrier.arrive(v_free.index(before))\n        mbarrier.arrive(v_free.index(before))\n",
+    ),
+    "one consumer gives K back for both": (
+        "mbarrier.init(k_free.index(n), count=2)",
+        "mbarrier.init(k_free.index(n), count=1)",
+    ),
+    "one consumer gives V back for both": (
+        "mbarrier.init(v_free.index(n), count=2)",
+        "mbarrier.init(v_free.index(n), count=1)",
+    ),
+    "K is copied unasked": ("mbarrier.wait(k_free.index(stage), phase ^ 1)\n", "pass\n"),
+    "V is copied unasked": ("mbarrier.wait(v_free.index(stage), phase ^ 1)\n", "pass\n"),
+    # A read too early.
+    "K of a first tile is not waited for": ("mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)\n", "pass\n"),
+    "K of the next tile is not waited for": (WAIT, "pass\n"),
+    "V is not waited for": ("mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)\n", "pass\n"),
+    "V of a last tile is not waited for": (
+        "mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)\n",
+        "pass\n",
+    ),
+    "scores are not waited for": ("warpgroup_mma_wait(1, deps=(s,))", "warpgroup_mma_wait(2, deps=(s,))"),
+    "the sum is not waited for": (
+        "acc = warpgroup_mma_wait(0, deps=(acc,))\n        mbarrier",
+        "acc = warpgroup_mma_wait(1, deps=(acc,))\n        mbarrier",
+    ),
+    "a descriptor does not wait for K": (
+        "mbarrier.wait(k_full.index(last % STAGES), (last // STAGES) & 1, pred=last >= 0)\n",
+        "pass\n",
+    ),
+    "queries have no fence": ("q_tile.store(q)\n                fence_async_shared()\n", "q_tile.store(q)\n"),
+    "too few bytes are expected": (
+        "mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_DIM * 2)",
+        "mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_DIM)",
+    ),
+    # The ring.
+    "one stage too few": ("BLOCK_M, BLOCK_N, STAGES = 64, 128, 2\n", "BLOCK_M, BLOCK_N, STAGES = 64, 128, 1\n"),
+    "K and V on one barrier": (
+        "tma.async_copy_global_to_shared(v_desc, [first, 0], v_full.index(stage)",
+        "tma.async_copy_global_to_shared(v_desc, [first, 0], k_full.index(stage)",
+    ),
+    "the count begins again with an item": (
+        "        tile = 0\n"
+        "        for index in range(gl.program_id(0), num_items * num_kv_heads, gl.num_programs(0)):\n"
+        "            node_ptr, head, _, _, seg_begin",
+        "        for index in range(gl.program_id(0), num_items * num_kv_heads, gl.num_programs(0)):\n"
+        "            tile = 0\n"
+        "            node_ptr, head, _, _, seg_begin",
+    ),
+    "both consumers have one buffer of queries": ("qk_scale, q_high, k_ring", "qk_scale, q_low, k_ring"),
+    # A predicate.
+    "a next tile is waited for that does not come": ("pred=tiles > 1)", "pred=tiles > 0)"),
+    "a next tile is not waited for that comes": ("pred=tiles > 1)", "pred=tiles > 2)"),
+    "the first copy of all is not waited for": (
+        "mbarrier.wait(k_full.index(last % STAGES), (last // STAGES) & 1, pred=last >= 0)",
+        "mbarrier.wait(k_full.index(last % STAGES), (last // STAGES) & 1, pred=last > 0)",
+    ),
+    "pad keys count": ('scores = gl.where((keys < left)[None, :], scores, float("-inf"))', "pass"),
+    "a segment ends late": ("end - begin, True, S_LAYOUT", "end - begin + 1, True, S_LAYOUT"),
+    "queries of other items are read": (
+        "mask=(rows < count)[:, None], other=0.0",
+        "mask=(rows < BLOCK_M)[:, None], other=0.0",
+    ),
+    "rows of other items are stored": ("inside = (acc_rows < count)", "inside = (acc_rows < BLOCK_M)"),
+    "both consumers take the same rows": ("row_begin += PART * BLOCK_M\n", "row_begin += 0 * BLOCK_M\n"),
+    # The fold.
+    "a first segment is folded": ("if (seg_begin == 0) & (seg > 0):", "if (seg_begin == 0) & (seg >= 0):"),
+    "a later walk is folded": ("if (seg_begin == 0) & (seg > 0):", "if seg > 0:"),
+    "a total is not kept": ("m_total, l_total = m, l\n", "pass\n"),
+    "a state in another's slot": ("state + seg - seg_begin)", "state + seg)"),
+    "a total is not scaled": (
+        "acc = gl.fma(acc_total, gl.convert_layout(a, O_ROWS)[:, None], acc)",
+        "acc = acc_total + acc",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_control_a_mistake_is_seen(source: str, seed: int, mistake: str) -> None:
+    right, wrong = MUTANTS[mistake]
+    assert source.count(right) == 1, "the mistake no longer fits the kernel: plant it anew"
+    mutant = source.replace(right, wrong)
+    # Segments of four tiles and of one, one of two that ends within a tile, one key alone; walks from each.
+    shape = {"tokens": [640, 130, 1], "segment": 512, "programs": 1, "head_dim": 64, "num_kv_heads": 1}
+    with pytest.raises(AssertionError):
+        for n in range(100):
+            run_launch(mutant, seed + n, **shape)
 
 
 # -- the child ---------------------------------------------------------------------------------------------------------
