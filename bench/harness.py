@@ -10,6 +10,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -79,6 +80,7 @@ class Bench:
     options: argparse.Namespace
     device: torch.device
     results: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -119,25 +121,78 @@ class Bench:
         self.results.append({"shape": shape, "seconds": entries, "flop": flop, "bytes": bytes_moved})
         ours = statistics.median(entries["kvkern"])
         spread = 100 * (max(entries["kvkern"]) - min(entries["kvkern"])) / ours
-        shown = " ".join(f"{key}={value}" for key, value in shape.items())
         peers = "  ".join(
             f"{statistics.median(samples) / ours:.2f}x {name}" for name, samples in entries.items() if name != "kvkern"
         )
         print(
-            f"{self.name:8s} {shown:58s} | {ours * 1e6:10.0f} us ({spread:3.0f} %) | "
+            f"{self.name:8s} {shown(shape):58s} | {ours * 1e6:10.0f} us ({spread:3.0f} %) | "
             f"{flop / ours / 1e9:8.1f} GFLOP/s {bytes_moved / ours / 1e9:7.1f} GB/s | {peers}",
             flush=True,
         )
 
-    def finish(self) -> None:
-        if self.options.out is None:
+    @property
+    def path(self) -> Path | None:
+        """The JSON file, if there is to be one."""
+        return None if self.options.out is None else self.options.out / f"{self.name}.json"
+
+    def resume(self) -> None:
+        """Take up the cells that the file holds; those that failed are run again. One file is of one machine."""
+        if self.path is None or not self.path.exists():
             return
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        path = self.options.out / f"{self.name}.json"
-        path.write_text(
-            json.dumps({"bench": self.name, "machine": machine(self.device), "results": self.results}, indent=1) + "\n"
-        )
-        print(f"wrote {path}")
+        held = json.loads(self.path.read_text())
+        here = machine(self.device)
+        for fact in ("device", "gpu", "cpu", "threads", "versions"):
+            if held["machine"].get(fact) != here.get(fact):
+                raise SystemExit(
+                    f"{self.path} {fact}: found {held['machine'].get(fact)}, needed {here.get(fact)}\n"
+                    "  do: give another folder as --out"
+                )
+        self.results, self.failed = held["results"], held.get("failed", [])
+
+    def has(self, shape: dict[str, Any]) -> bool:
+        return any(result["shape"] == shape for result in self.results)
+
+    def fail(self, shape: dict[str, Any], error: BaseException) -> None:
+        """Keep why a cell has no time."""
+        self._forget(shape)
+        self.failed.append({"shape": shape, "reason": reason(error)})
+        print(f"{self.name:8s} {shown(shape)} | no time: {reason(error)}", flush=True)
+
+    def _forget(self, shape: dict[str, Any]) -> None:
+        self.failed = [cell for cell in self.failed if cell["shape"] != shape]
+
+    def keep(self, shape: dict[str, Any], result: dict[str, Any]) -> None:
+        """Keep a cell, with the commit that it was measured at: a file may be taken up by a later one."""
+        self._forget(shape)
+        self.results.append({"shape": shape, **result, "commit": _commit()})
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"bench": self.name, "machine": machine(self.device), "results": self.results}
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content | ({"failed": self.failed} if self.failed else {}), indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def finish(self) -> None:
+        self.save()
+        if self.path is not None:
+            print(f"wrote {self.path}")
+
+
+def shown(shape: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in shape.items())
+
+
+def reason(error: BaseException) -> str:
+    """Of a failure, what a file keeps."""
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+class WrongResult(SystemExit):
+    """Ends a script, or takes its time from one entry."""
 
 
 def gate(o: Tensor, reference: Tensor, plain: Tensor) -> None:
@@ -145,4 +200,4 @@ def gate(o: Tensor, reference: Tensor, plain: Tensor) -> None:
     error = (o.double().cpu() - reference).abs().max().item()
     allowed = 2 * (plain.double().cpu() - reference).abs().max().item() + 1e-6
     if not error <= allowed:
-        raise SystemExit(f"wrong result: error {error:.3g}, allowed {allowed:.3g}; no time is reported")
+        raise WrongResult(f"wrong result: error {error:.3g}, allowed {allowed:.3g}; no time is reported")

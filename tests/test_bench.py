@@ -1,34 +1,240 @@
-"""bench/bench_layer.py on one small cell: what its file holds, and that it is taken up again."""
+"""bench/: what its files hold, that they are taken up again, and that a wrong result has no time. No time is asserted."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+import kvkern
+from kvkern import qwen3
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+OWN = ("harness", "peers", "bench_layer", "bench_engine")
+SHAPE = ["--tiny", "--heads", "4", "2", "64", "--samples", "3", "--device", "cpu"]
+ENGINE = ["--tiny", "--samples", "3", "--device", "cpu"]
 
 
-def layer(out: Path) -> subprocess.CompletedProcess[str]:
-    """One cell in a process of its own."""
-    script = "import bench_layer\nbench_layer.main()\n"
-    shape = ["--cell", "3", "100", "20", "--heads", "4", "2", "64", "--samples", "3", "--device", "cpu"]
-    command = [sys.executable, "-c", script, *shape, "--out", str(out)]
-    return subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=False)
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The modules of bench/, imported as `python bench/<script>` finds them, and gone afterwards."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    with torch.random.fork_rng():
+        yield {name: __import__(name) for name in OWN}
+    for name in OWN:
+        del sys.modules[name]
+
+
+class Ran:
+    """One run of a script's main, and what its file then holds."""
+
+    def __init__(self, module: ModuleType, out: Path, *argv: str) -> None:
+        held, sys.argv = sys.argv, [module.__name__, *argv, "--out", str(out)]
+        self.refused: BaseException | None = None
+        try:
+            module.main()
+        except SystemExit as error:
+            self.refused = error
+        finally:
+            sys.argv = held
+        path = out / f"{module.__name__.removeprefix('bench_')}.json"
+        self.text = path.read_text() if path.exists() else None
+        self.file: dict[str, Any] = json.loads(self.text) if self.text is not None else {}
+        self.results: list[dict[str, Any]] = self.file.get("results", [])
+        self.failed: list[dict[str, Any]] = self.file.get("failed", [])
+
+
+def wrong(*args: Any, **options: Any) -> torch.Tensor:
+    return RIGHT(*args, **options) * 1.5
+
+
+RIGHT: Any = kvkern.shared_prefix_attention
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_keeps_every_sample_and_its_columns_follow_from_them(scripts: Any, tmp_path: Path) -> None:
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--kernels")
+    (result,) = ran.results
+    assert {"device", "cpu", "versions", "commit", "date"} <= ran.file["machine"].keys() and not ran.failed
+    timed = {"kvkern", "K0", "K1", "K2", "gemm", "expanded_sdpa", "flash_rows", "torch_backend"}
+    assert {name: len(samples) for name, samples in result["seconds"].items()} == dict.fromkeys(timed, 3)
+    for_cuda = {"cudnn_rows", "flex_rows", "flashinfer_cascade", "flashinfer_decode"}
+    assert result["reasons"] == dict.fromkeys(for_cuda, "for CUDA alone")
+
+    told = {name: result[name] for name in ("backend", "geometry", "dtype", "agents", "prefix", "suffix")}
+    assert list(told.values()) == ["cpu", "4/2x64", "bfloat16", 3, 100, 20]
+    assert result["flop"] == 4 * 3 * 4 * 64 * 120 and result["bytes"] == 2 * 2 * 64 * 2 * (100 + 3 * 20)
+    medians = {name: statistics.median(samples) for name, samples in result["seconds"].items()}
+    ours = medians.pop("kvkern")
+    assert result["ms"] == ours * 1e3
+    assert {name: result[f"ratio_{name}"] for name in medians} == {name: m / ours for name, m in medians.items()}
+    assert result["gemm_share"] == pytest.approx(1e9 * result["gflops"] / result["roofs"]["gemm_flop_per_s"])
+    assert result["copy_share"] == pytest.approx(1e9 * result["gbs"] / result["roofs"]["copy_bytes_per_s"])
+
+
+def test_a_cell_that_the_file_holds_is_not_run_again(
+    scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert len(first.results) == 1 and capsys.readouterr().out.startswith("layer ")
+    monkeypatch.setattr(kvkern, "shared_prefix_attention", wrong)  # nothing is there to notice it
+    again = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert again.refused is None and again.text == first.text and capsys.readouterr().out == ""
+    other = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers", "--backend", "torch")
+    assert isinstance(other.refused, SystemExit) and other.text == first.text
+
+
+def test_control_a_wrong_result_has_no_time(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvkern, "shared_prefix_attention", wrong)
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE)
+    assert "wrong result" in str(ran.refused) and ran.text is None
+
+
+def test_a_cell_that_failed_is_told_and_run_again(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kvkern, "shared_prefix_attention", fails)
+        failed = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert failed.results == [] and [cell["reason"] for cell in failed.failed] == ["OutOfMemoryError: no room"]
+    again = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert again.failed == [] and [result["shape"] for result in again.results] == [failed.failed[0]["shape"]]
+
+
+def test_a_peer_that_fails_or_is_wrong_is_a_reason_and_no_time(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Peer:
+        def __init__(self, name: str, run: Any) -> None:
+            self.name, self.run = name, run
+
+        def available(self, case: Any) -> str | None:
+            return None
+
+        def prepare(self, case: Any) -> Any:
+            return lambda: self.run(case)
+
+    def fails(case: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel")
+
+    def large(case: Any) -> torch.Tensor:
+        case.room(1 << 60)
+        return case.kvkern()
+
+    broken = {
+        "fails": fails,
+        "wrong": lambda case: case.kvkern() * 1.5,
+        "nan": lambda case: torch.full_like(case.q, float("nan")),
+        "large": large,
+        "right": lambda case: case.kvkern(),
+    }
+    monkeypatch.setattr(scripts["peers"], "PEERS", [Peer(name, run) for name, run in broken.items()])
+    (result,) = Ran(scripts["bench_layer"], tmp_path, *SHAPE).results
+    assert result["seconds"].keys() == {"kvkern", "gemm", "right"}
+    reasons = result["reasons"]
+    assert reasons.keys() == {"fails", "wrong", "nan", "large"} and reasons["fails"] == "RuntimeError: no kernel"
+    assert all(reasons[name].startswith("WrongResult: wrong result") for name in ("wrong", "nan"))
+    assert reasons["large"].startswith("MemoryError: 1073741824.0 GiB needed")
+
+
+def test_a_file_of_another_machine_is_not_taken_up(scripts: Any, tmp_path: Path) -> None:
+    first = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    moved = first.file | {"machine": first.file["machine"] | {"cpu": "another"}}
+    (tmp_path / "layer.json").write_text(json.dumps(moved))
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert "cpu: found another" in str(ran.refused) and ran.file == moved
+
+
+@pytest.mark.parametrize("script", ["bench_layer", "bench_engine"])
+def test_no_cell_begins_after_the_seconds(scripts: Any, tmp_path: Path, script: str) -> None:
+    ran = Ran(scripts[script], tmp_path, "--tiny", "--device", "cpu", "--samples", "3", "--seconds", "-1")
+    assert ran.refused is None and ran.text is None
+
+
+def test_every_entry_of_a_quick_cell_fits_a_case_of_many_pages(scripts: Any) -> None:
+    """Peers on a prefix of no whole page, a suffix of several pages, and G = 1: each is right on every agent."""
+    peers, layer = scripts["peers"], scripts["bench_layer"]
+    for heads, dtype in (((6, 2, 64), torch.float32), ((2, 2, 64), torch.bfloat16)):
+        geometry = kvkern.Geometry(1, *heads, dtype)
+        case = peers.Case.make(geometry, 5, 77, 35, device=torch.device("cpu"))
+        layer.check(case, case.kvkern())
+        assert len(case.samples) == 3
+        for peer in peers.PEERS:
+            if peer.available(case) is None:
+                o = peer.prepare(case)()
+                assert o.shape == case.q.shape
+                layer.check(case, o)
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_cell_keeps_every_step_beside_the_forecast(
+    scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = Ran(scripts["bench_engine"], tmp_path, *ENGINE)
+    assert ran.refused is None and not ran.failed
+    assert [(r["agents"], r["document"], r["backend"]) for r in ran.results] == [(3, 100, "cpu"), (1, 100, "cpu")]
+    page = 16 * 2 * 2 * 2 * 16 * 4  # tokens, layers, K and V, kv heads, head_dim, bytes
+    for result in ran.results:
+        steps = result["seconds"]["decode"]
+        assert len(steps) == 3
+        assert result["decode_tokens_per_s"] == result["agents"] / statistics.median(steps)
+        assert {"prefill_s", "extend_s", "rounding", "commit"} <= result.keys() and result["peak_bytes"] is None
+        # A document of 100 tokens in 128, a suffix of 16 + 14 in two pages.
+        assert result["forecast_bytes"] == result["weights_bytes"] + 8 * page + result["agents"] * 2 * page
+    capsys.readouterr()
+    again = Ran(scripts["bench_engine"], tmp_path, *ENGINE)
+    assert again.text == ran.text and capsys.readouterr().out == ""
+
+
+def test_an_engine_cell_that_fails_is_told_and_the_others_go_on(scripts: Any, tmp_path: Path) -> None:
+    ran = Ran(scripts["bench_engine"], tmp_path, *ENGINE, "--agents", "1", "--documents", "5000", "40")
+    assert [result["document"] for result in ran.results] == [40]
+    (failed,) = ran.failed
+    assert failed["shape"]["P"] == 5000 and failed["reason"].startswith("CapacityError: document")
+
+
+def test_control_an_engine_with_another_attention_has_no_time(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = qwen3.shared_prefix_attention
+    monkeypatch.setattr(qwen3, "shared_prefix_attention", lambda *args, **options: -right(*args, **options))
+    ran = Ran(scripts["bench_engine"], tmp_path, *ENGINE)
+    assert "wrong result" in str(ran.refused) and ran.text is None
+
+
+# -- as they are called ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.full
-def test_a_cell_keeps_every_sample_and_is_not_run_again(tmp_path: Path) -> None:
-    done = layer(tmp_path)
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "layer.json").read_text()
-    (result,) = json.loads(text)["results"]
-    assert {"device", "cpu", "versions", "commit"} <= json.loads(text)["machine"].keys()
-    assert {name: len(samples) for name, samples in result["seconds"].items()} == {"kvkern": 3, "gemm": 3}
-    assert result["flop"] == 4 * 3 * 4 * 64 * 120 and result["bytes"] == 2 * 2 * 64 * 2 * (100 + 3 * 20)
-    again = layer(tmp_path)
-    assert again.returncode == 0 and again.stdout == "", again.stdout + again.stderr
-    assert (tmp_path / "layer.json").read_text() == text
+@pytest.mark.parametrize("script", ["bench_layer.py", "bench_engine.py"])
+def test_a_script_runs_from_the_command_line(script: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(BENCH / script),
+        "--tiny",
+        "--device",
+        "cpu",
+        "--samples",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and " | " in done.stdout, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["results"]

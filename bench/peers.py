@@ -1,0 +1,362 @@
+"""What else computes a layer's decode step over a shared prefix: one class a peer, all of one form.
+
+available  why the peer cannot run in this case, or None
+prepare    a function of no arguments that gives o [agents, num_qo_heads, head_dim]; all that a caller could keep from step to
+           step (copies of K and V, packed rows, page lists, plans) is made here, outside of the time
+
+A peer that takes all rows of a kv head as one block of queries gives prefix and suffix apart, joined by `kvkern.merge_state`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import kvkern
+from kvkern.checks.assertions import plain_attention
+from kvkern.geometry import PAGE
+from kvkern.kernels.oracle import attend_fp64
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(eq=False)
+class Case:
+    """One layer's decode step of `agents` agents over a prefix and suffixes of one length, their newest token among them."""
+
+    geometry: kvkern.Geometry
+    prefix_tokens: int
+    suffix_tokens: int
+    prefix: kvkern.SharedPrefix
+    pool: kvkern.PagePool
+    plan: kvkern.Plan
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    backend: str | None
+
+    @classmethod
+    def make(
+        cls,
+        geometry: kvkern.Geometry,
+        agents: int,
+        prefix_tokens: int,
+        suffix_tokens: int,
+        *,
+        device: torch.device,
+        backend: str | None = None,
+    ) -> Case:
+        """Drawn afresh; the newest token of each suffix is appended when `kvkern` runs."""
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, device=device).to(geometry.dtype)
+
+        heads, head_dim = geometry.num_kv_heads, geometry.head_dim
+        prefix = kvkern.SharedPrefix(geometry, torch.arange(prefix_tokens), device=device)
+        prefix.block()[0, :, :, :prefix_tokens] = normal(2, heads, prefix_tokens, head_dim)
+        prefix.publish()
+        pool = kvkern.PagePool(geometry, agents * -(-suffix_tokens // PAGE), slots=agents, device=device)
+        pool.pages.normal_()
+        for _ in range(agents):
+            slot = pool.acquire_slot()
+            pool.reserve(slot, suffix_tokens)
+            pool.advance(slot, suffix_tokens - 1)
+        pool.seq_lens.fill_(suffix_tokens - 1)
+        plan = kvkern.Plan.make(pool, [kvkern.AgentRows(slot, prefix, 1) for slot in range(agents)])
+        plan.begin()
+        q, k, v = (normal(agents, n, head_dim) for n in (geometry.num_qo_heads, heads, heads))
+        return cls(geometry, prefix_tokens, suffix_tokens, prefix, pool, plan, q, k, v, backend)
+
+    @property
+    def agents(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def kvkern(self, backend: str | None = None) -> Tensor:
+        return kvkern.shared_prefix_attention(
+            self.q, self.k, self.v, self.plan, self.pool, layer=0, backend=backend or self.backend
+        )
+
+    @functools.cached_property
+    def prefix_kv(self) -> tuple[Tensor, Tensor]:
+        """K and V of the prefix, [num_kv_heads, P, head_dim]."""
+        return self.prefix.key(0), self.prefix.value(0)
+
+    def suffix_kv(self, agents: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """K and V of the suffixes in copies, [agents, num_kv_heads, S, head_dim]."""
+        table = self.pool.page_table[agents, : -(-self.suffix_tokens // PAGE)].long()
+        own = (
+            pages[table].transpose(1, 2).flatten(2, 3)[:, :, : self.suffix_tokens]
+            for pages in (self.pool.k_pages(0), self.pool.v_pages(0))
+        )
+        keys, values = (part.contiguous() for part in own)
+        return keys, values
+
+    @functools.cached_property
+    def packed(self) -> Tensor:
+        """Rows by kv head, [num_kv_heads, agents * G, head_dim]."""
+        g = self.geometry
+        return self.q.view(self.agents, g.num_kv_heads, g.G, g.head_dim).transpose(0, 1).flatten(1, 2).contiguous()
+
+    def unpack(self, o: Tensor) -> Tensor:
+        """[num_kv_heads, agents * G, ...] -> [agents, num_qo_heads, ...]."""
+        g = self.geometry
+        return o.unflatten(1, (self.agents, g.G)).transpose(0, 1).flatten(1, 2)
+
+    @functools.cached_property
+    def samples(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of the first, the middle and the last agent: its row in fp64, and by plain torch."""
+        found = {}
+        for agent in sorted({0, self.agents // 2, self.agents - 1}):
+            own = self.suffix_kv(slice(agent, agent + 1))
+            whole = [
+                torch.cat([shared.transpose(0, 1), suffix[0].transpose(0, 1)])
+                for shared, suffix in zip(self.prefix_kv, own, strict=True)
+            ]
+            row = self.q[agent, None]
+            reference, _ = attend_fp64(row.cpu(), whole[0].cpu(), whole[1].cpu())
+            found[agent] = reference, plain_attention(row, whole[0], whole[1]).o
+        return found
+
+    def room(self, size: int) -> None:
+        """Raise MemoryError where `size` bytes would not leave half of the memory that is free."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = available_memory()
+        if size > free // 2:
+            raise MemoryError(f"{size / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+
+
+def available_memory() -> int:
+    """Bytes that the host could still give out."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) << 10 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peer(Protocol):
+    name: str
+
+    def available(self, case: Case) -> str | None: ...
+
+    def prepare(self, case: Case) -> Run: ...
+
+
+class Cuda:
+    """A peer for CUDA alone, and for 16 bits."""
+
+    def available(self, case: Case) -> str | None:
+        if case.device.type != "cuda":
+            return "for CUDA alone"
+        return "for 16 bits alone" if case.geometry.dtype == torch.float32 else None
+
+
+def with_lse(case: Case, attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Run:
+    """Prefix with all rows of a kv head as one block, suffix with an agent's, merged; attend takes [.., .., tokens, head_dim]."""
+    g = case.geometry
+    keys, values = (part[None] for part in case.prefix_kv)
+    own_keys, own_values = case.suffix_kv()
+    rows, own_rows = case.packed[None], case.q.view(case.agents, g.num_kv_heads, g.G, g.head_dim)
+
+    def run() -> Tensor:
+        o, lse = attend(rows, keys, values)
+        own, own_lse = attend(own_rows, own_keys, own_values)
+        shared = case.unpack(o[0]), case.unpack(lse.float().view(g.num_kv_heads, -1))
+        return kvkern.merge_state(*shared, own.flatten(1, 2), own_lse.float().view(case.agents, -1))[0]
+
+    return run
+
+
+class ExpandedSdpa:
+    """torch's scaled_dot_product_attention, every agent with its own copy of the prefix."""
+
+    name = "expanded_sdpa"
+
+    def available(self, case: Case) -> str | None:
+        return None
+
+    def prepare(self, case: Case) -> Run:
+        g = case.geometry
+        # The suffixes, and the whole.
+        case.room(case.agents * (case.prefix_tokens + 2 * case.suffix_tokens) * g.token_bytes())
+        keys, values = (
+            torch.cat([shared.expand(case.agents, -1, -1, -1), own], dim=2)
+            for shared, own in zip(case.prefix_kv, case.suffix_kv(), strict=True)
+        )
+        q, gqa = case.q[:, :, None], g.G > 1
+        return lambda: scaled_dot_product_attention(q, keys, values, enable_gqa=gqa)[:, :, 0]
+
+
+class FlashRows:
+    """torch's flash operator for the CPU, all rows of a kv head as one block of queries."""
+
+    name = "flash_rows"
+
+    def available(self, case: Case) -> str | None:
+        return None if case.device.type == "cpu" else "for the CPU alone"
+
+    def prepare(self, case: Case) -> Run:
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # Its lse is [.., rows, heads] in memory.
+        return with_lse(case, lambda q, k, v: tuple(t.contiguous() for t in operator(q, k, v)))
+
+
+class CudnnRows(Cuda):
+    """cuDNN's attention, by the operator that SDPBackend.CUDNN_ATTENTION chooses, since that alone gives the lse."""
+
+    name = "cudnn_rows"
+
+    def prepare(self, case: Case) -> Run:
+        operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            o, lse, *_ = operator(q, k, v, None, True)
+            return o.contiguous(), lse.contiguous()
+
+        return with_lse(case, attend)
+
+
+class FlexRows(Cuda):
+    """torch's FlexAttention, compiled for this case's shapes."""
+
+    name = "flex_rows"
+
+    def prepare(self, case: Case) -> Run:
+        from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+        torch.compiler.reset()  # each case has shapes of its own, and a function is compiled for only so many
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            o, aux = compiled(q, k, v, return_aux=AuxRequest(lse=True))
+            return o.contiguous(), aux.lse.contiguous()
+
+        return with_lse(case, attend)
+
+
+class FlashInfer(Cuda):
+    """What both wrappers of FlashInfer need: prefix and suffixes in one pool of pages, [pages, num_kv_heads, 16, head_dim]."""
+
+    def available(self, case: Case) -> str | None:
+        reason = super().available(case)
+        if reason is None and importlib.util.find_spec("flashinfer") is None:
+            reason = "flashinfer is not installed"
+        return reason
+
+    def pages(self, case: Case) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """The pool (K, V), the prefix's pages [n], and the suffixes' [agents, m], int32."""
+        g = case.geometry
+        n, m = -(-case.prefix_tokens // PAGE), -(-case.suffix_tokens // PAGE)
+        case.room((n * PAGE + 2 * case.agents * m * PAGE) * g.token_bytes())
+        block = case.prefix.block()[0].unflatten(2, (-1, PAGE)).transpose(1, 2)[:, :n]
+        own = case.pool.k_pages(0), case.pool.v_pages(0)
+        keys, values = (torch.cat([shared, mine]) for shared, mine in zip(block, own, strict=True))
+        first = torch.arange(n, dtype=torch.int32, device=case.device)
+        return (keys, values), first, case.pool.page_table[:, :m] + n
+
+    def last(self, case: Case, tokens: int, count: int) -> Tensor:
+        """Tokens on the last page of each of `count` lists."""
+        return torch.full((count,), (tokens - 1) % PAGE + 1, dtype=torch.int32, device=case.device)
+
+    def workspace(self, case: Case) -> Tensor:
+        return torch.zeros(256 << 20, dtype=torch.uint8, device=case.device)
+
+    def offsets(self, case: Case, count: int, step: int) -> Tensor:
+        return torch.arange(count + 1, dtype=torch.int32, device=case.device) * step
+
+
+class FlashInferCascade(FlashInfer):
+    """MultiLevelCascadeAttentionWrapper: the prefix for all agents at once, then the suffixes."""
+
+    name = "flashinfer_cascade"
+
+    def prepare(self, case: Case) -> Run:
+        import flashinfer
+
+        g, agents = case.geometry, case.agents
+        pool, shared, own = self.pages(case)
+        wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, self.workspace(case), "HND")
+        wrapper.plan(
+            [self.offsets(case, 1, agents), self.offsets(case, agents, 1)],
+            [self.offsets(case, 1, len(shared)), self.offsets(case, agents, own.shape[1])],
+            [shared, own.flatten()],
+            [self.last(case, case.prefix_tokens, 1), self.last(case, case.suffix_tokens, agents)],
+            g.num_qo_heads,
+            g.num_kv_heads,
+            g.head_dim,
+            PAGE,
+            sm_scale=1 / math.sqrt(g.head_dim),
+            q_data_type=g.dtype,
+            kv_data_type=g.dtype,
+        )
+        return lambda: wrapper.run(case.q, pool)
+
+
+class FlashInferDecode(FlashInfer):
+    """BatchDecodeWithPagedKVCacheWrapper: agents share the prefix's pages in memory, and each reads them."""
+
+    name = "flashinfer_decode"
+
+    def available(self, case: Case) -> str | None:
+        reason = super().available(case)
+        if reason is None and case.prefix_tokens % PAGE:
+            reason = f"a prefix of {case.prefix_tokens} tokens is no whole number of pages of {PAGE}"
+        return reason
+
+    def prepare(self, case: Case) -> Run:
+        import flashinfer
+
+        g, agents = case.geometry, case.agents
+        pool, shared, own = self.pages(case)
+        lists = torch.cat([shared.expand(agents, -1), own], dim=1)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self.workspace(case), "HND", use_tensor_cores=g.G > 1)
+        wrapper.plan(
+            self.offsets(case, agents, lists.shape[1]),
+            lists.flatten(),
+            self.last(case, case.suffix_tokens, agents),
+            g.num_qo_heads,
+            g.num_kv_heads,
+            g.head_dim,
+            PAGE,
+            sm_scale=1 / math.sqrt(g.head_dim),
+            q_data_type=g.dtype,
+            kv_data_type=g.dtype,
+        )
+        return lambda: wrapper.run(case.q, pool)
+
+
+class TorchBackend:
+    """kvkern itself on the `torch` backend."""
+
+    name = "torch_backend"
+
+    def available(self, case: Case) -> str | None:
+        return "it is what is measured" if case.backend == "torch" else None
+
+    def prepare(self, case: Case) -> Run:
+        return lambda: case.kvkern("torch")
+
+
+PEERS: list[Peer] = [
+    ExpandedSdpa(),
+    FlashRows(),
+    CudnnRows(),
+    FlexRows(),
+    FlashInferCascade(),
+    FlashInferDecode(),
+    TorchBackend(),
+]
