@@ -9,8 +9,8 @@ on a row are those of `prefix`, hence its bits, as far as the tensor cores give 
 
 An operation's rounding is written out as in `state`: a Gluon kernel cannot call a Triton function.
 
-Bound by the tensor cores (by arithmetic). Never run: it is compiled for sm_90 and its
-instructions are checked; its barriers are not tested.
+Bound by the tensor cores (by arithmetic). Never run on a GPU: its instructions for sm_90 are checked, and this source is
+run by a stand-in for Gluon in numpy, under drawn orders; the stand-in knows no layouts, proxies or latencies.
 """
 
 from __future__ import annotations
