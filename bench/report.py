@@ -13,6 +13,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
+MISSING = "not measured"
+PEERS = {
+    "cuda": {
+        "expanded_sdpa": "unshared sdpa",
+        "cudnn_rows": "cuDNN over packed rows",
+        "flex_rows": "FlexAttention over packed rows",
+        "flashinfer_cascade": "FlashInfer cascade",
+        "flashinfer_decode": "FlashInfer decode",
+        "gemm": "the two GEMMs alone",
+    },
+    "cpu": {
+        "expanded_sdpa": "unshared sdpa",
+        "flash_rows": "torch's flash over packed rows",
+        "gemm": "the two GEMMs alone",
+    },
+}
+"""Entries of bench_layer.py on each kind of device, as the tables name them."""
 
 
 def demo_table(path: Path) -> list[str]:
@@ -69,12 +86,72 @@ def prefix_table(path: Path) -> list[str]:
     return lines
 
 
+def layer_table(path: Path) -> list[str]:
+    """One layer's step beside its peers, a row a cell; what has no time says so. A ratio below 1 is a row where we lose."""
+    file = json.loads(path.read_text())
+    facts, peers = file["machine"], PEERS[file["machine"]["device"]]
+    lines = [
+        f"One layer's decode step, {facts.get('gpu') or facts['cpu']}, torch {facts['versions']['torch']}, triton "
+        f"{facts['versions']['triton']}; medians, in brackets the spread (largest less smallest sample); shares are of the rates "
+        "of a matrix product and of a copy in the same run; K1 and K2 alone, out of cold caches; ratios say how many times as "
+        f"long the other takes. File: `{path.relative_to(ROOT)}`.",
+        "",
+        "| agents | prefix | suffix | heads | dtype | kvkern | of GEMM | of copy | K1 | K2 | "
+        + " | ".join(peers.values())
+        + " |",
+        "|---" * (10 + len(peers)) + "|",
+    ]
+    for result in file["results"]:
+        seconds = result["seconds"]
+        ours = seconds["kvkern"]
+        median = statistics.median(ours)
+        alone = [f"{statistics.median(seconds[k]) * 1e3:.3f} ms" if seconds.get(k) else MISSING for k in ("K1", "K2")]
+        ratios = [f"{statistics.median(seconds[k]) / median:.2f}x" if seconds.get(k) else MISSING for k in peers]
+        shares = [
+            f"{100 * result[share]:.0f} %" if share in result else MISSING for share in ("gemm_share", "copy_share")
+        ]
+        cells = [
+            f"{result['agents']}",
+            f"{result['prefix']:,}",
+            f"{result['suffix']}",
+            result["geometry"],
+            result["dtype"],
+            f"{median * 1e3:.3f} ms ({100 * (max(ours) - min(ours)) / median:.0f} %)",
+            *shares,
+            *alone,
+            *ratios,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for cell in file.get("failed", ()):
+        shape = ", ".join(f"{name} {cell['shape'][name]}" for name in "BPS")
+        # A reason may have several lines.
+        lines += ["", f"No time for {shape}: {' '.join(cell['reason'].split())}."]
+    return lines
+
+
+def gpu_table() -> list[str]:
+    """What stands in place of a GPU's file."""
+    return [
+        "On a GPU, by `bench/gpu_run.sh`:",
+        "",
+        "| | against | |",
+        "|---|---|---|",
+        f"| K1, prefix attention | the two GEMMs alone | {MISSING} |",
+        f"| K2, suffix attention | a copy of as many bytes | {MISSING} |",
+        f"| one layer's decode step | {', '.join(PEERS['cuda'].values())} | {MISSING} |",
+    ]
+
+
 def tables() -> str:
     lines: list[str] = []
+    on_gpu = False
     for path in sorted((ROOT / "bench" / "results").glob("*/*.json")):
-        make = {"demo": demo_table, "prefix": prefix_table}.get(path.stem)
+        make = {"demo": demo_table, "prefix": prefix_table, "layer": layer_table}.get(path.stem)
         if make is not None:
             lines += [*make(path), ""]
+            on_gpu |= make is layer_table and "gpu" in json.loads(path.read_text())["machine"]
+    if not on_gpu:
+        lines += gpu_table()
     return "\n".join(lines).rstrip()
 
 
