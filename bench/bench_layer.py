@@ -45,7 +45,10 @@ CELLS = [(b, p, s) for s in SUFFIXES for p in PREFIXES for b in AGENTS]
 """First the suffix of 256 tokens with every prefix and batch, the long prefix and the large batch before the others."""
 QUICK = [(64, 2048, 64), (1, 8192, 64)]
 TINY = [(3, 100, 20)]
+DTYPES = ("bfloat16", "float16", "float32")
 LEAST_TURNS = 3
+ROOF_SECONDS = 5.0
+"""A large product that would take longer is measured on a smaller one; the file keeps the size."""
 FAILURES = (RuntimeError, MemoryError, NotImplementedError, ImportError, kvkern.KvkernError)
 
 
@@ -55,7 +58,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="a small cell and small roofs: to see that all of it runs")
     parser.add_argument("--cell", type=int, nargs=3, default=None, metavar=("B", "P", "S"), help="this cell alone")
     parser.add_argument("--heads", type=int, nargs=3, default=(32, 8, 128), metavar=("QO", "KV", "D"))
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="by default bfloat16, and float32 on the CPU")
     parser.add_argument("--seconds", type=float, default=180.0, help="no cell begins after these")
     parser.add_argument("--cell-seconds", type=float, default=30.0, help=f"after these a cell has {LEAST_TURNS} turns")
     parser.add_argument("--kernels", action="store_true", help="K0, K1 and K2 alone, on the CPU too")
@@ -68,6 +71,9 @@ def roofs(bench: Bench) -> dict[str, float]:
     """Rates of this run: a square matrix product in FLOP/s, and a copy, bytes read and written in a second."""
     dtype, large = getattr(torch, bench.options.dtype), bench.device.type == "cuda"
     n, size = (256, 1 << 20) if bench.options.tiny else (8192, 1 << 30) if large else (2048, 256 << 20)
+    small = torch.randn(512, 512, device=bench.device).to(dtype)
+    if n > 512 and min(bench.once(lambda: torch.mm(small, small)) for _ in range(3)) * (n / 512) ** 3 > ROOF_SECONDS:
+        n = 512  # a CPU without products in 16 bits
     a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
@@ -222,6 +228,7 @@ def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
 def main() -> None:
     bench, began = Bench.start("layer", __doc__, extra=options), time.monotonic()
     chosen = bench.options
+    chosen.dtype = chosen.dtype or ("bfloat16" if bench.device.type == "cuda" else "float32")
     bench.resume()
     torch.seed()
     quick = chosen.quick or (bench.device.type == "cpu" and not chosen.all)

@@ -107,6 +107,22 @@ class Case:
         return keys, values
 
     @functools.cached_property
+    def suffixes(self) -> tuple[Tensor, Tensor]:
+        """`suffix_kv` of all agents, one copy for all peers."""
+        self.room(self.agents * self.suffix_tokens * self.geometry.token_bytes())
+        return self.suffix_kv()
+
+    @functools.cached_property
+    def one_pool(self) -> tuple[Tensor, Tensor]:
+        """Prefix and suffixes as pages of one pool, the prefix's first: K and V, [pages, num_kv_heads, 16, head_dim]."""
+        n = -(-self.prefix_tokens // PAGE)
+        self.room((n + self.pool.num_pages) * PAGE * self.geometry.token_bytes())
+        block = self.prefix.block()[0].unflatten(2, (-1, PAGE)).transpose(1, 2)[:, :n]
+        own = self.pool.k_pages(0), self.pool.v_pages(0)
+        keys, values = (torch.cat([shared, mine]) for shared, mine in zip(block, own, strict=True))
+        return keys, values
+
+    @functools.cached_property
     def packed(self) -> Tensor:
         """Rows by kv head, [num_kv_heads, agents * G, head_dim]."""
         g = self.geometry
@@ -169,14 +185,14 @@ def with_lse(case: Case, attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor
     """Prefix with all rows of a kv head as one block, suffix with an agent's, merged; attend takes [.., .., tokens, head_dim]."""
     g = case.geometry
     keys, values = (part[None] for part in case.prefix_kv)
-    own_keys, own_values = case.suffix_kv()
+    own_keys, own_values = case.suffixes
     rows, own_rows = case.packed[None], case.q.view(case.agents, g.num_kv_heads, g.G, g.head_dim)
 
     def run() -> Tensor:
         o, lse = attend(rows, keys, values)
         own, own_lse = attend(own_rows, own_keys, own_values)
-        shared = case.unpack(o[0]), case.unpack(lse.float().view(g.num_kv_heads, -1))
-        return kvkern.merge_state(*shared, own.flatten(1, 2), own_lse.float().view(case.agents, -1))[0]
+        shared = case.unpack(o[0]), case.unpack(lse.float().reshape(g.num_kv_heads, -1))
+        return kvkern.merge_state(*shared, own.flatten(1, 2), own_lse.float().reshape(case.agents, -1))[0]
 
     return run
 
@@ -191,11 +207,10 @@ class ExpandedSdpa:
 
     def prepare(self, case: Case) -> Run:
         g = case.geometry
-        # The suffixes, and the whole.
-        case.room(case.agents * (case.prefix_tokens + 2 * case.suffix_tokens) * g.token_bytes())
+        case.room(case.agents * (case.prefix_tokens + case.suffix_tokens) * g.token_bytes())
         keys, values = (
             torch.cat([shared.expand(case.agents, -1, -1, -1), own], dim=2)
-            for shared, own in zip(case.prefix_kv, case.suffix_kv(), strict=True)
+            for shared, own in zip(case.prefix_kv, case.suffixes, strict=True)
         )
         q, gqa = case.q[:, :, None], g.G > 1
         return lambda: scaled_dot_product_attention(q, keys, values, enable_gqa=gqa)[:, :, 0]
@@ -211,8 +226,7 @@ class FlashRows:
 
     def prepare(self, case: Case) -> Run:
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        # Its lse is [.., rows, heads] in memory.
-        return with_lse(case, lambda q, k, v: tuple(t.contiguous() for t in operator(q, k, v)))
+        return with_lse(case, operator)
 
 
 class CudnnRows(Cuda):
@@ -225,7 +239,7 @@ class CudnnRows(Cuda):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             o, lse, *_ = operator(q, k, v, None, True)
-            return o.contiguous(), lse.contiguous()
+            return o, lse
 
         return with_lse(case, attend)
 
@@ -243,13 +257,13 @@ class FlexRows(Cuda):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             o, aux = compiled(q, k, v, return_aux=AuxRequest(lse=True))
-            return o.contiguous(), aux.lse.contiguous()
+            return o, aux.lse
 
         return with_lse(case, attend)
 
 
 class FlashInfer(Cuda):
-    """What both wrappers of FlashInfer need: prefix and suffixes in one pool of pages, [pages, num_kv_heads, 16, head_dim]."""
+    """What both wrappers of FlashInfer need: lists of pages in one pool of prefix and suffixes."""
 
     def available(self, case: Case) -> str | None:
         reason = super().available(case)
@@ -257,16 +271,10 @@ class FlashInfer(Cuda):
             reason = "flashinfer is not installed"
         return reason
 
-    def pages(self, case: Case) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """The pool (K, V), the prefix's pages [n], and the suffixes' [agents, m], int32."""
-        g = case.geometry
+    def pages(self, case: Case) -> tuple[Tensor, Tensor]:
+        """Pages of the prefix [n], and of the suffixes [agents, m], int32, in `one_pool`."""
         n, m = -(-case.prefix_tokens // PAGE), -(-case.suffix_tokens // PAGE)
-        case.room((n * PAGE + 2 * case.agents * m * PAGE) * g.token_bytes())
-        block = case.prefix.block()[0].unflatten(2, (-1, PAGE)).transpose(1, 2)[:, :n]
-        own = case.pool.k_pages(0), case.pool.v_pages(0)
-        keys, values = (torch.cat([shared, mine]) for shared, mine in zip(block, own, strict=True))
-        first = torch.arange(n, dtype=torch.int32, device=case.device)
-        return (keys, values), first, case.pool.page_table[:, :m] + n
+        return torch.arange(n, dtype=torch.int32, device=case.device), case.pool.page_table[:, :m] + n
 
     def last(self, case: Case, tokens: int, count: int) -> Tensor:
         """Tokens on the last page of each of `count` lists."""
@@ -288,7 +296,7 @@ class FlashInferCascade(FlashInfer):
         import flashinfer
 
         g, agents = case.geometry, case.agents
-        pool, shared, own = self.pages(case)
+        pool, (shared, own) = case.one_pool, self.pages(case)
         wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, self.workspace(case), "HND")
         wrapper.plan(
             [self.offsets(case, 1, agents), self.offsets(case, agents, 1)],
@@ -321,7 +329,7 @@ class FlashInferDecode(FlashInfer):
         import flashinfer
 
         g, agents = case.geometry, case.agents
-        pool, shared, own = self.pages(case)
+        pool, (shared, own) = case.one_pool, self.pages(case)
         lists = torch.cat([shared.expand(agents, -1), own], dim=1)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self.workspace(case), "HND", use_tensor_cores=g.G > 1)
         wrapper.plan(
@@ -352,11 +360,11 @@ class TorchBackend:
 
 
 PEERS: list[Peer] = [
-    ExpandedSdpa(),
     FlashRows(),
     CudnnRows(),
     FlexRows(),
     FlashInferCascade(),
     FlashInferDecode(),
+    ExpandedSdpa(),  # it takes the memory that the others leave
     TorchBackend(),
 ]

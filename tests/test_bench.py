@@ -16,10 +16,11 @@ import torch
 
 import kvkern
 from kvkern import qwen3
+from kvkern.kernels.oracle import attend_fp64
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 OWN = ("harness", "peers", "bench_layer", "bench_engine")
-SHAPE = ["--tiny", "--heads", "4", "2", "64", "--samples", "3", "--device", "cpu"]
+SHAPE = ["--tiny", "--heads", "4", "2", "64", "--dtype", "bfloat16", "--samples", "3", "--device", "cpu"]
 ENGINE = ["--tiny", "--samples", "3", "--device", "cpu"]
 
 
@@ -179,6 +180,79 @@ def test_every_entry_of_a_quick_cell_fits_a_case_of_many_pages(scripts: Any) -> 
                 layer.check(case, o)
 
 
+class FakeFlashInfer(ModuleType):
+    """flashinfer by its documentation alone: what its wrappers give for lists of pages, computed on the CPU in fp64."""
+
+    class Level:
+        def __init__(self, q_indptr: Any, kv_indptr: Any, indices: Any, last: Any, page: int) -> None:
+            self.q, self.kv, self.indices, self.last, self.page = q_indptr, kv_indptr, indices, last, page
+
+        def tokens(self, row: int, pool: torch.Tensor) -> torch.Tensor:
+            """[tokens, num_kv_heads, head_dim] of the request that has this row."""
+            n = int((self.q[1:] <= row).sum())
+            pages = self.indices[self.kv[n] : self.kv[n + 1]].long()
+            held = pool[pages].transpose(1, 2).flatten(0, 1)
+            return held[: (len(pages) - 1) * self.page + int(self.last[n])]
+
+    class Wrapper:
+        def __init__(self, workspace: torch.Tensor, layout: str) -> None:
+            assert layout == "HND" and workspace.dtype == torch.uint8
+
+        def checked(self, heads: tuple[int, ...], dtypes: dict[str, Any], levels: list[Any]) -> None:
+            self.heads, self.dtypes, self.levels = heads, dtypes, levels
+            for level in levels:
+                assert all(t.dtype == torch.int32 for t in (level.q, level.kv, level.indices, level.last))
+                assert level.kv[-1] == len(level.indices) and len(level.last) == len(level.kv) - 1 == len(level.q) - 1
+
+        def run(self, q: torch.Tensor, pool: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            assert {q.dtype, pool[0].dtype} == set(self.dtypes.values()) and self.heads[0] == q.shape[1]
+            rows = []
+            for row in range(q.shape[0]):
+                keys, values = (torch.cat([level.tokens(row, part) for level in self.levels]) for part in pool)
+                rows.append(attend_fp64(q[row, None], keys, values)[0])
+            return torch.cat(rows).to(q.dtype)
+
+    class MultiLevelCascadeAttentionWrapper(Wrapper):
+        def __init__(self, num_levels: int, workspace: torch.Tensor, layout: str) -> None:
+            super().__init__(workspace, layout)
+            assert num_levels == 2
+
+        def plan(self, q: Any, kv: Any, indices: Any, last: Any, *heads: int, sm_scale: float, **dtypes: Any) -> None:
+            lists = zip(q, kv, indices, last, strict=True)
+            self.checked(heads, dtypes, [FakeFlashInfer.Level(*each, heads[3]) for each in lists])
+
+    class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
+        def __init__(self, workspace: torch.Tensor, layout: str, *, use_tensor_cores: bool) -> None:
+            super().__init__(workspace, layout)
+
+        def plan(self, kv: Any, indices: Any, last: Any, *heads: int, sm_scale: float, **dtypes: Any) -> None:
+            q = torch.arange(len(kv), dtype=torch.int32)
+            self.checked(heads, dtypes, [FakeFlashInfer.Level(q, kv, indices, last, heads[3])])
+
+
+def test_lists_of_pages_for_flashinfer_name_each_token_once(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every agent, not samples alone: the newest token is in a page of its own, the prefix ends within one."""
+    monkeypatch.setitem(sys.modules, "flashinfer", FakeFlashInfer("flashinfer"))
+    peers = scripts["peers"]
+    monkeypatch.setattr(peers.FlashInfer, "workspace", lambda self, case: torch.zeros(1, dtype=torch.uint8))
+    geometry = kvkern.Geometry(1, 6, 2, 64, torch.float32)
+    for peer, prefix_tokens in ((peers.FlashInferCascade(), 77), (peers.FlashInferDecode(), 96)):
+        case = peers.Case.make(geometry, 5, prefix_tokens, 33, device=torch.device("cpu"))
+        ours = case.kvkern()
+        assert torch.allclose(peer.prepare(case)(), ours, atol=1e-5), peer.name
+        case.pool.page_table[4, 2] = case.pool.page_table[3, 2]  # the control: another agent's newest token
+        assert not torch.allclose(peer.prepare(case)()[4], ours[4], atol=1e-5), peer.name
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flexattention_over_rows_of_a_kv_head_is_right(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    peers = scripts["peers"]
+    case = peers.Case.make(kvkern.Geometry(1, 6, 2, 64, torch.float32), 5, 77, 35, device=torch.device("cpu"))
+    ours = case.kvkern()
+    assert torch.allclose(peers.FlexRows().prepare(case)(), ours, atol=1e-5)
+
+
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
@@ -238,3 +312,14 @@ def test_a_script_runs_from_the_command_line(script: str, tmp_path: Path) -> Non
     assert done.returncode == 0 and " | " in done.stdout, done.stderr
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text())["results"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_kernels_have_times_and_memory_a_peak(scripts: Any, tmp_path: Path) -> None:
+    cuda = ["--tiny", "--samples", "3", "--device", "cuda"]
+    (result,) = Ran(scripts["bench_layer"], tmp_path, *cuda, "--peers").results
+    assert {"kvkern", "K0", "K1", "K2", "gemm"} <= result["seconds"].keys()
+    assert ("kvkern_graph" in result["seconds"]) != ("kvkern_graph" in result["reasons"])
+    results = Ran(scripts["bench_engine"], tmp_path, *cuda).results
+    assert len(results) == 2 and all(r["peak_bytes"] > r["weights_bytes"] for r in results)
