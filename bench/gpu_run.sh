@@ -45,13 +45,19 @@ step() {
   return "$status"
 }
 
+# fail WHY: the end of a run that has nothing more to do.
+fail() {
+  failed=1
+  finish "$1"
+}
+
 finish() {
   rm -f "$OUT/step.txt"
   printf '%s\n' "== $1" "${summary[@]}" | tee -a "$LOG"
   exit "$failed"
 }
 
-step build 60 python3 setup.py egg_info build_ext --inplace || finish "not built"
+step build 60 python3 setup.py egg_info build_ext --inplace || fail "not built"
 
 here() {
   nvidia-smi || [[ $DEVICE == cpu ]] || return 1
@@ -72,7 +78,7 @@ PYTHON
 }
 export DEVICE
 export -f here
-step "what is here" 80 bash -c here || finish "no GPU that torch can use"
+step "what is here" 80 bash -c here || fail "no GPU that torch can use"
 
 # Most of the time goes into compiling kernels, on the CPU.
 workers=()
@@ -83,8 +89,8 @@ apart='hopper or dependent or sanitizer or round_trip'
 step exactness 255 "${suite[@]}" "${workers[@]}" -k "not ($apart)" tests/test_gpu.py
 case $? in
   0) ;;
-  124) if grep -qE '(FAILED|ERROR)' "$OUT/step.txt"; then failed=1; finish "exactness failed before it was out of time"; fi ;;
-  *) finish "exactness failed: no benchmark" ;;
+  124) if grep -qE '(FAILED|ERROR)' "$OUT/step.txt"; then fail "exactness failed before it was out of time"; fi ;;
+  *) fail "exactness failed: no benchmark" ;;
 esac
 step apart 315 "${suite[@]}" "${workers[@]}" -k "$apart" tests/test_gpu.py tests/test_store.py
 
