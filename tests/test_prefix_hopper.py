@@ -27,6 +27,7 @@ import gluon_stand_in
 import numpy as np
 import pytest
 import torch
+from ptx_dataflow import regions
 
 from kvkern.geometry import pad_tokens
 from kvkern.plan import PREFIX_BLOCK_M
@@ -75,6 +76,37 @@ def test_control_without_the_wait_for_the_next_tile_there_the_overlap_is_lost() 
     loops = compiled("128 no boundary")["loops"]
     assert len(loops) == 2
     assert all(loop["exponentials_between"] < 60 for loop in loops), loops
+
+
+@needs_triton
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["large", "small"])
+def test_a_tile_is_rounded_as_the_default_kernel_rounds_it(form: str) -> None:
+    ours, default = regions(compiled("128")["ptx"]), regions(compiled(f"plain {form} 128")["ptx"])
+    # The main loop and the last tile, and of ours both for each warpgroup.
+    assert [region.masked for region in default] == [False, True]
+    assert [region.masked for region in ours] == [False, True] * 2
+    for region in ours:
+        assert len(region.p) == 64 and len(region.l) == 2 and len(set(region.acc)) == 64
+        assert region == default[region.masked]
+
+
+@needs_triton
+@pytest.mark.full
+def test_control_other_tiles_or_another_operation_are_rounded_otherwise() -> None:
+    ours, narrow = compiled("128")["ptx"], compiled("plain large 64")["ptx"]
+    a, b = regions(ours)[0], regions(narrow)[0]
+    assert not set(a.p) & set(b.p) and not set(a.l) & set(b.l) and not set(a.acc) & set(b.acc)
+
+    # From the wait for scores on: an addition that takes one of its operands twice, and one weight's exponential.
+    begin = ours.index("wgmma.wait_group.sync.aligned 1;")
+    head, loop = ours[:begin], ours[begin:]
+    add = re.search(r"add\.rn\.f32 \t%r\d+, (%r\d+), (%r\d+);", loop)
+    assert add is not None
+    twice = regions(head + loop.replace(add[0], add[0].replace(f" {add[2]};", f" {add[1]};"), 1))[0]
+    assert twice.p == a.p and twice.l != a.l
+    exponential = regions(head + loop.replace("ex2.approx.ftz.f32", "ex2.approx.f32", 1))[0]
+    assert sum(x != y for x, y in zip(exponential.p, a.p, strict=True)) == 1 and exponential.l != a.l
 
 
 @needs_triton
@@ -388,6 +420,10 @@ def test_control_a_mistake_is_seen(source: str, seed: int, mistake: str) -> None
 
 
 def main(variant: str) -> None:
+    if variant.startswith("plain"):
+        _, form, block_n = variant.split()
+        print(json.dumps({"ptx": plain(form, int(block_n))}))
+        return
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -433,8 +469,37 @@ def main(variant: str) -> None:
             {int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", binary.asm["ptx"])}
         ),
         "loops": main_loops(sass),
+        "ptx": binary.asm["ptx"],
     }
     print(json.dumps(found))
+
+
+def plain(form: str, block_n: int) -> str:
+    """PTX of the default kernel's form on sm_90, with tiles of so many keys."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kvkern.kernels.prefix import forms, prefix_kernel
+    from kvkern.kernels.state import ROUNDING
+
+    given = forms(128, 4, torch.bfloat16, 90)[form] | {
+        "G": 4,
+        "HEAD_DIM": 128,
+        "BLOCK_D": 128,
+        "DEBUG": False,
+        "PDL": False,
+    }
+    given["BLOCK_N"] = block_n
+    constants = {name: given.pop(name) for name in list(given) if name.isupper()}
+    kinds = {"q_ptr": "*bf16", "node_table_ptr": "*i64", "items_ptr": "*i32", "qk_scale": "fp32"}
+    kinds |= {"m_ptr": "*fp32", "l_ptr": "*fp32", "acc_ptr": "*fp32"}
+    names = prefix_kernel.arg_names
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, a in enumerate(names) if a.endswith("_ptr")}
+    source = ASTSource(prefix_kernel, signature, constants, aligned)
+    ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=given | ROUNDING).asm["ptx"]
+    return ptx
 
 
 def main_loops(sass: str) -> list[dict[str, Any]]:
