@@ -161,14 +161,15 @@ def predicted(gpu: Gpu, prefix: dict[str, Any], suffix: dict[str, Any], B: int, 
 
 
 def measured(gpu: str, B: int, P: int, S: int, results: Path = ROOT / "bench" / "results") -> float | None:
-    """Median seconds of this shape in a file of the same GPU, if one has it."""
+    """Median seconds of this shape in a file of `bench_layer` from the same GPU, if one has it."""
     for path in sorted(results.glob("*/*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
         if gpu not in (file.get("machine", {}).get("gpu") or "") or not isinstance(file.get("results"), list):
             continue
         for result in file["results"]:
             shape = result["shape"]
-            if (shape.get("B", shape.get("N")), shape.get("P"), shape.get("S")) == (B, P, S):
+            model = f"{HEADS * G}/{HEADS}x{HEAD_DIM}", "bfloat16"
+            if (result.get("geometry"), result.get("dtype")) == model and [shape[n] for n in "BPS"] == [B, P, S]:
                 return statistics.median(result["seconds"]["kvkern"])
     return None
 

@@ -119,8 +119,12 @@ def test_a_measurement_takes_the_prediction_s_place(tmp_path: Path) -> None:
 
     folder = tmp_path / "h100"
     folder.mkdir()
-    result = {"shape": {"B": 64, "P": 32_768, "S": 256}, "seconds": {"kvkern": [3.0, 1.0, 2.0]}}
-    file = {"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "results": [result]}
+    shape = {"B": 64, "P": 32_768, "S": 256}
+    result = {"shape": shape, "geometry": "32/8x128", "dtype": "bfloat16", "seconds": {"kvkern": [3.0, 1.0, 2.0]}}
+    # The same agents and tokens of another model, and a file of other shapes.
+    others = [result | {"geometry": "16/8x128", "seconds": {"kvkern": [9.0]}}, result | {"dtype": "float16"}]
+    (folder / "a.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "results": [{"shape": {"N": 64}}]}))
+    file = {"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "results": [*others, result]}
     (folder / "layer.json").write_text(json.dumps(file))
     found = {(line["B"], line["P"], line["S"]): line for line in model(H100, rows, tmp_path)["shapes"]}
     assert found[64, 32_768, 256]["seconds"] == 2.0 and found[64, 32_768, 256]["kind"] == "measured"
