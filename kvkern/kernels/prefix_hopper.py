@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from kvkern.errors import UnsupportedError
+from kvkern.kernels.prefix import scratch
 from kvkern.kernels.state import ROUNDING
 from kvkern.kernels.tiles import arch_of, on
 from kvkern.plain import State
@@ -396,15 +397,9 @@ def prefix_attention_hopper(
     m = torch.empty(shape, dtype=torch.float32, device=q.device)
     l = torch.empty(shape, dtype=torch.float32, device=q.device)
     acc = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-
-    def scratch(size: int, align: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=q.device)
-
-    # Memory for the descriptors that the producer makes.
-    triton.set_allocator(scratch)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     launch: Any = prefix_hopper_kernel[(min(programs, items.shape[0] * num_kv_heads),)]
-    with on(q.device):
+    with on(q.device), scratch(q.device):
         launch(
             q, node_table, items, m, l, acc, rows * G, items.shape[0], num_kv_heads, layer, sm_scale * LOG2E,
             **constants(G, head_dim), num_warps=4, **ROUNDING,
