@@ -166,11 +166,11 @@ def test_a_users_allocator_is_back_in_place_after_a_launch() -> None:
 
     token = _allocation._allocator.set(allocator)
     try:
-        with prefix.scratch(torch.device("cpu")):
+        with tiles.scratch(torch.device("cpu")):
             made = _allocation._allocator.get()(512, 128, None)
             assert isinstance(made, torch.Tensor) and made.numel() == 512
         assert _allocation._allocator.get() is allocator
-        with pytest.raises(KeyError), prefix.scratch(torch.device("cpu")):
+        with pytest.raises(KeyError), tiles.scratch(torch.device("cpu")):
             raise KeyError
         assert _allocation._allocator.get() is allocator
     finally:

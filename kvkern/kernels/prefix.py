@@ -22,19 +22,17 @@ KVKERN_PREFIX=hopper chooses the kernel of prefix_hopper, KVKERN_DEBUG=1 checks 
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import _allocation
 
 from kvkern.errors import BackendError
 from kvkern.geometry import next_power_of_2
 from kvkern.kernels.state import ROUNDING, fold, load, start, step, store
-from kvkern.kernels.tiles import arch_of, descriptors, on, switches, tiles
+from kvkern.kernels.tiles import arch_of, descriptors, on, scratch, switches, tiles
 from kvkern.plain import State
 from kvkern.plan import PREFIX_BLOCK_M
 
@@ -190,25 +188,6 @@ def forms(head_dim: int, G: int, dtype: torch.dtype, arch: int) -> dict[str, dic
     small = chosen.prefix_small or chosen.prefix
     by = {"DESCRIPTORS": descriptors(dtype, arch)}
     return {"large": chosen.prefix.options() | by, "small": small.options() | by}
-
-
-@contextmanager
-def scratch(device: torch.device) -> Iterator[None]:
-    """Memory for the descriptors that programs make, for launches within; a user's own allocator is back in place after.
-
-    It comes from torch: freed after the launch, it is used again in the stream's order alone, and within a captured graph
-    it belongs to the graph.
-    """
-
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    # Private in triton 3.6 to 3.7, whose set_allocator says nothing of the allocator before.
-    token = _allocation._allocator.set(allocate)
-    try:
-        yield
-    finally:
-        _allocation._allocator.reset(token)
 
 
 def prefix_attention(

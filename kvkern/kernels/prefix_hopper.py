@@ -23,9 +23,8 @@ import triton
 from torch import Tensor
 
 from kvkern.errors import UnsupportedError
-from kvkern.kernels.prefix import scratch
 from kvkern.kernels.state import ROUNDING
-from kvkern.kernels.tiles import arch_of, on
+from kvkern.kernels.tiles import arch_of, on, scratch
 from kvkern.plain import State
 from kvkern.plan import PREFIX_BLOCK_M
 

@@ -1,4 +1,5 @@
-"""Tile sizes: a function of geometry, dtype and architecture. It cannot see the batch, so no tile can follow it.
+"""Tile sizes, a function of geometry, dtype and architecture: it cannot see the batch, so no tile can follow it. And what a
+launch is made with: switches, the device, memory for descriptors.
 
 BLOCK_N and num_warps affect rounding (which keys share a tile, how a row's sum is cut); BLOCK_M and num_stages do not.
 The numbers were chosen by what compiles within the registers and the shared memory; their speed is not measured.
@@ -7,11 +8,14 @@ The numbers were chosen by what compiles within the registers and the shared mem
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+from triton.runtime import _allocation
 
 from kvkern.errors import BackendError
 from kvkern.geometry import next_power_of_2
@@ -118,3 +122,22 @@ def switches(device: torch.device) -> dict[str, bool]:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Launch on this device, whichever is current: Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def scratch(device: torch.device) -> Iterator[None]:
+    """Memory for the descriptors that programs make, for launches within; a user's own allocator is back in place after.
+
+    It comes from torch: freed after the launch, it is used again in the stream's order alone, and within a captured graph
+    it belongs to the graph.
+    """
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    # Private in triton 3.6 to 3.7, whose set_allocator says nothing of the allocator before.
+    token = _allocation._allocator.set(allocate)
+    try:
+        yield
+    finally:
+        _allocation._allocator.reset(token)
