@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -216,6 +216,14 @@ class ExpandedSdpa:
         return lambda: scaled_dot_product_attention(q, keys, values, enable_gqa=gqa)[:, :, 0]
 
 
+def aten(name: str) -> Callable[..., Any]:
+    """An operator of torch that is private, hence may go. Raises NotImplementedError, which leaves this peer out with a reason."""
+    operator = getattr(torch.ops.aten, name, None)
+    if operator is None:
+        raise NotImplementedError(f"torch {torch.__version__} has no operator aten::{name}")
+    return operator
+
+
 class FlashRows:
     """torch's flash operator for the CPU, all rows of a kv head as one block of queries."""
 
@@ -225,7 +233,7 @@ class FlashRows:
         return None if case.device.type == "cpu" else "for the CPU alone"
 
     def prepare(self, case: Case) -> Run:
-        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        operator = aten("_scaled_dot_product_flash_attention_for_cpu")
         return with_lse(case, operator)
 
 
@@ -235,7 +243,7 @@ class CudnnRows(Cuda):
     name = "cudnn_rows"
 
     def prepare(self, case: Case) -> Run:
-        operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+        operator = aten("_scaled_dot_product_cudnn_attention")
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             o, lse, *_ = operator(q, k, v, None, True)

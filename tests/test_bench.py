@@ -323,3 +323,11 @@ def test_on_a_gpu_kernels_have_times_and_memory_a_peak(scripts: Any, tmp_path: P
     assert ("kvkern_graph" in result["seconds"]) != ("kvkern_graph" in result["reasons"])
     results = Ran(scripts["bench_engine"], tmp_path, *cuda).results
     assert len(results) == 2 and all(r["peak_bytes"] > r["weights_bytes"] for r in results)
+
+
+def test_an_operator_that_torch_no_longer_has_is_a_reason(scripts: Any) -> None:
+    peers = scripts["peers"]
+    assert callable(peers.aten("_scaled_dot_product_flash_attention_for_cpu"))
+    with pytest.raises(NotImplementedError, match="has no operator aten::_no_such"):
+        peers.aten("_no_such")
+    assert issubclass(NotImplementedError, scripts["bench_layer"].FAILURES)
