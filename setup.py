@@ -19,10 +19,10 @@ CXXFLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wextra -pth
 # with it are for the one file that is chosen at run time by what the processor has.
 ROUNDING = "-ffp-contract=off -fno-math-errno"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-FILE_FLAGS = {
-    "isa_portable": ROUNDING,
-    "isa_avx2": f"{ROUNDING} -mavx2 -mfma -mf16c" if X86 else ROUNDING,
-}
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+ISA_FLAGS = {"portable": "", "avx2": AVX2, "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
+FILE_FLAGS = {f"isa_{isa}": f"{ROUNDING} {flags if X86 else ''}".rstrip() for isa, flags in ISA_FLAGS.items()}
 LDFLAGS = "-bundle -undefined dynamic_lookup" if MAC else "-shared -pthread"
 
 NINJA = """\

@@ -97,7 +97,7 @@ struct Kernels {
 
 extern const Kernels PORTABLE;
 #if defined(__x86_64__)
-extern const Kernels AVX2;
+extern const Kernels AVX2, AVX512, AVX512BF16;
 #endif
 
 }  // namespace kvkern

@@ -12,7 +12,7 @@
 #include <cstdint>
 
 #include "attention.h"
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -28,17 +28,13 @@ constexpr float INF = __builtin_inff();
 constexpr int MAX_VECS = 3;
 constexpr int UNIT_GROUPS = 4;
 
-inline Vec set1(float x) {
-#if LANES == 8
-    return Vec{x, x, x, x, x, x, x, x};
-#else
-    return Vec{x, x, x, x};
-#endif
-}
+inline Vec set1(float x) { return x - Vec{}; }
 
 // a * b + c: one rounding where the instruction set has it, two where it has not. Never left to the compiler.
 inline Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__FMA__) && LANES == 8
+#if LANES == 16
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && LANES == 8
     return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__) && LANES == 4
     return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);

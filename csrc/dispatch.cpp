@@ -17,6 +17,10 @@ const std::vector<const Kernels*>& found() {
         std::vector<const Kernels*> list;
 #if defined(__x86_64__)
         __builtin_cpu_init();
+        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        if (avx512 && __builtin_cpu_supports("avx512bf16")) list.push_back(&AVX512BF16);
+        if (avx512) list.push_back(&AVX512);
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
             list.push_back(&AVX2);  // who has both has F16C
 #endif

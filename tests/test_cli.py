@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import kvkern as library
-from kvkern import cli
+from kvkern import _C, cli
 from kvkern.answers import AnswerWriter
 from kvkern.engine import Answer
 
@@ -251,7 +251,7 @@ def test_fit_shows_its_arithmetic_and_needs_no_weights(kvkern, tmp_path):
 def test_env_says_backend_and_why_and_measures_a_model(kvkern):
     found = kvkern.json("env", "--model", "tiny", "--device", "cpu")
     assert found["backend"]["name"] == "cpu" and found["backend"]["why"]
-    assert found["instruction_set"] in ("avx2", "portable")
+    assert found["instruction_set"] == _C.instruction_sets()[0]
     assert found["torch_instruction_set"] == torch.backends.cpu.get_cpu_capability()
     assert found["threads"] == torch.get_num_threads()
     assert set(found["versions"]) == {"python", "kvkern", "torch", "triton", "transformers"}

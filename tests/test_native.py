@@ -395,10 +395,17 @@ def test_control_two_instruction_sets_are_two_pieces_of_code():
     if len(INSTRUCTION_SETS) == 1:
         pytest.skip("only the portable one runs here")
     step = Step.make(prefix_tokens=1500)
-    a, b = (step.run(name)[0] for name in INSTRUCTION_SETS[:2])
+    a, b = (step.run(name)[0] for name in (INSTRUCTION_SETS[0], "portable"))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with pytest.raises(AssertionError, match=r"o: \d+ of \d+ differ"):
         assert_same_bits(a, b, "o")
+
+
+def test_in_fp32_all_that_multiply_and_add_in_one_rounding_have_the_same_bits():
+    step = Step.make(prefix_tokens=1500)
+    fused = [step.run(name)[0] for name in INSTRUCTION_SETS if name != "portable"]
+    for other in fused[1:]:
+        assert_same_bits(other, fused[0], "o")
 
 
 def test_an_instruction_set_that_does_not_run_here_is_refused():
