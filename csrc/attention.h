@@ -46,9 +46,12 @@ struct PrefixCall {
     States out;
 };
 
-struct PrefixUnit {  // packed rows [first, last) of an item against one kv head
-    const Item* item;
-    std::int64_t head, first, last;
+// Packed rows [first, last) against segments of a node's head. From segment 0 on they are folded into one state, whose row 0
+// would lie at `place`; from a later one on each is a state of its own, segment_rows further than the one before it.
+struct PrefixUnit {
+    std::int64_t node, head, first, last, seg_begin, seg_end;
+    States out;
+    std::int64_t place, segment_rows;
 };
 
 struct TokenPages {  // [num_pages, num_kv_heads, page_tokens, head_dim], strides in bytes

@@ -2,464 +2,420 @@
 //
 // A lane is a row. A score is one chain of multiply-adds over head_dim, an output element one over the keys, a sum one over
 // the keys: nothing is ever added across lanes. So how many rows lie side by side, how wide the vectors are and how keys or
-// dimensions are blocked in registers cannot change a bit, and only the tiles of keys (attention.h) and fma itself do.
+// dimensions are blocked in registers cannot change a bit; only the tiles of keys (attention.h) and the kind of product can.
+// A link of a chain is a product of fp32 (Single) or, where the instruction set has it, two products of bf16 (Pair): of
+// dimensions 2i and 2i + 1, of keys 2i and 2i + 1 of a tile.
 //
-// Of a group of rows in vectors of NV * LANES: q and o [head_dim][rows], scores [keys][rows]; keys and values are read
-// where they lie and broadcast. Nothing is packed but 16-bit tiles, which are widened once for all rows of a unit.
-// Bound by fma where there are rows to fill the vectors, by reading keys and values where there are few.
+// Of a group of rows, in vectors of NV * lanes: q and o [head_dim][rows], scores [keys][rows]; in Pairs half as many of q and of
+// weights. Keys are read where they lie and broadcast, 32 bits at a time. Values are packed once for all rows of a unit,
+// [head_dim / 8][keys][8]: where they lie, a block of dimensions is one line in many, and those displace each other.
+//
+// Bound by multiply-adds where rows fill the vectors (24 sums from 11 loads in 32 registers), by memory where they are few.
 //
 // No function of the standard library is used here, and all has internal linkage; see attention.h.
 #include <cstdint>
 
 #include "attention.h"
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "vectors.h"
 
 namespace kvkern {
 namespace {
 
-typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
-typedef std::int32_t IVec __attribute__((vector_size(4 * LANES), may_alias));
-
-constexpr float INF = __builtin_inff();
 constexpr int MAX_VECS = 3;
-constexpr int UNIT_GROUPS = 4;
+constexpr std::int64_t GROUP_ROWS = MAX_VECS * LANES;
+constexpr int UNIT_GROUPS = static_cast<int>(288 / GROUP_ROWS);
+constexpr int DIM_BLOCK = 8;
+constexpr std::int64_t LINE = 64;
 
-inline Vec set1(float x) { return x - Vec{}; }
+// -- products ----------------------------------------------------------------------------------------------------------
 
-// a * b + c: one rounding where the instruction set has it, two where it has not. Never left to the compiler.
-inline Vec fma(Vec a, Vec b, Vec c) {
-#if LANES == 16
-    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && LANES == 8
-    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__) && LANES == 4
-    return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
+struct Single {  // 32 bits are one element
+    static constexpr int DEPTH = 1;
 
-inline float fma(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-
-inline std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-// 2^x for x < 128: within 1.2 parts in 2^24 (1.6 without fma), whole numbers exact, 0 below -126, NaN where x is.
-inline Vec exp2(Vec x) {
-    // The magic number leaves x rounded to an integer in its lowest bits, and 127 more: an exponent.
-    const Vec magic = set1(12582912.0f + 127.0f), least = set1(-126.0f);
-    const Vec at = least > x ? least : x;
-    const Vec t = at + magic;
-    const Vec f = at - (t - magic);
-    const Vec scale = (Vec)((IVec)t << 23);
-
-    Vec y = set1(0x1.44175ep-13f);
-    y = fma(y, f, set1(0x1.5ef5d0p-10f));
-    y = fma(y, f, set1(0x1.3b2a54p-7f));
-    y = fma(y, f, set1(0x1.c6af9cp-5f));
-    y = fma(y, f, set1(0x1.ebfbe0p-3f));
-    y = fma(y, f, set1(0x1.62e430p-1f));
-    y = fma(y, f, set1(1.0f));
-    return (Vec)((IVec)(y * scale) & ~(IVec)(x < least));
-}
-
-// A state that has seen no key has m = -inf; a finite pivot keeps -inf - -inf (NaN) out of exp2.
-inline Vec pivot_of(Vec m) { return m == set1(-INF) ? set1(0.0f) : m; }
-
-// -- 16 bits to 32 and back --------------------------------------------------------------------------------------------
-
-union Bits {
-    float f;
-    std::uint32_t u;
+    template <class V>
+    static V mul(V a, V b, V c) {
+        return fma(a, b, c);
+    }
 };
 
-inline float float_of(std::uint32_t u) {
-    Bits bits;
-    bits.u = u;
-    return bits.f;
-}
+#if defined(__AVX512BF16__)
+struct Pair {  // 32 bits are two elements in bf16, the first one low; subnormals count as 0
+    static constexpr int DEPTH = 2;
 
-inline std::uint32_t bits_of(float f) {
-    Bits bits;
-    bits.f = f;
-    return bits.u;
-}
+    static Vec mul(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+    static Half mul(Half a, Half b, Half c) { return (Half)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b); }
 
-inline float widen_half(std::uint16_t h) {
-    const std::uint32_t magnitude = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
-    // The exponent's bias is 15 there and 127 here: a product by 2^112 is exact and makes subnormals normal.
-    const std::uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
-    return float_of(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
-}
-
-void widen(Dtype dtype, const char* from, float* to, std::int64_t count) {
-    if (dtype == FP32) {
-        __builtin_memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
-        return;
+    static Vec of(Vec low, Vec high) {
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                               5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        return (Vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     }
-    const auto* source = reinterpret_cast<const std::uint16_t*>(from);
-    if (dtype == BF16) {
-        for (std::int64_t i = 0; i < count; ++i) to[i] = float_of(static_cast<std::uint32_t>(source[i]) << 16);
-        return;
+    static Half of(Half low, Half high) {
+        const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+        return (Half)_mm256_permutexvar_epi16(order, (__m256i)_mm256_cvtne2ps_pbh((__m256)high, (__m256)low));
     }
-    std::int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+};
+#else
+typedef Single Pair;
 #endif
-    for (; i < count; ++i) to[i] = widen_half(source[i]);
-}
 
-// To nearest, ties to even, as torch does it; every NaN becomes the quiet one.
-inline std::uint16_t narrow_brain(float x) {
-    const std::uint32_t u = bits_of(x);
-    return static_cast<std::uint16_t>(x != x ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-inline std::uint16_t narrow_half(float x) {
-    const std::uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-    std::uint32_t h;
-    if (magnitude > 0x7f800000u) {
-        h = 0x7e00u;
-    } else if (magnitude >= 0x477ff000u) {  // 65520 and more round to infinity
-        h = 0x7c00u;
-    } else if (magnitude < 0x38800000u) {  // below 2^-14: the sum rounds at 2^-24, the step of subnormals
-        h = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-    } else {
-        h = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-    }
-    return static_cast<std::uint16_t>(sign | h);
-}
-
-inline void narrow(Dtype dtype, float x, char* to) {
-    if (dtype == FP32) {
-        __builtin_memcpy(to, &x, sizeof x);
-        return;
-    }
-    const std::uint16_t bits = dtype == BF16 ? narrow_brain(x) : narrow_half(x);
-    __builtin_memcpy(to, &bits, sizeof bits);
-}
+inline bool in_pairs(Dtype dtype) { return Pair::DEPTH == 2 && dtype == BF16; }
 
 // -- a tile of keys against a group of rows ----------------------------------------------------------------------------
 
-struct Run {  // rows of keys or values, stride floats apart
-    const float* data;
+struct Run {  // keys that lie stride bytes apart
+    const char* data;
     std::int64_t stride;
     int keys;
 };
 
 struct Tile {
-    Run k[SUFFIX_KEYS], v[SUFFIX_KEYS];
+    Run k[SUFFIX_KEYS];
     int runs, keys;
-    bool scattered;  // read where they lie, in pages anywhere
+    float* v;               // packed; a block of dimensions is `room` keys long
+    std::int64_t room;
 };
-
-// No processor foresees the next page: it is asked for while this one is multiplied.
-inline void fetch(const Run& run, std::int64_t head_dim) {
-    for (int key = 0; key < run.keys; ++key)
-        for (std::int64_t d = 0; d < head_dim; d += 16) __builtin_prefetch(run.data + key * run.stride + d);
-}
 
 struct Lanes {  // a state in lanes: m, l [rows], o [head_dim][rows]
     float *m, *l, *o;
 };
 
 struct Group {
-    float* q;  // [head_dim][rows], times scale
+    float* q;  // [head_dim][rows], times scale where it is fp32
     Lanes state, total;
-    int vecs;
-    std::int64_t first, count;  // packed rows
+    int lanes, vecs;
+    std::int64_t rows, first, count;  // lanes * vecs; packed rows
 };
 
-// Broadcasts in a block: with the vectors of rows as many sums as hide the latency of fma, in 16 registers.
-constexpr int block_of(int vecs) { return vecs == 1 ? 8 : 4; }
+template <class V, int N>
+struct Form {
+    typedef V Vector;
+    static constexpr int NV = N;
+};
 
-template <int KEYS, int NV>
-inline void score_block(const float* q, std::int64_t head_dim, const float* k, std::int64_t stride, float* s) {
-    constexpr int ROWS = NV * LANES;
-    Vec sum[KEYS][NV];
-#pragma GCC unroll 8
+// body(Form) for the vectors that the group's rows lie in.
+template <class Body>
+inline void by_form(const Group& group, const Body& body) {
+    if (group.lanes < LANES)
+        body(Form<Half, 1>{});
+    else if (group.vecs == 1)
+        body(Form<Vec, 1>{});
+    else if (group.vecs == 2)
+        body(Form<Vec, 2>{});
+    else
+        body(Form<Vec, 3>{});
+}
+
+// Broadcasts in a block: with the vectors of rows as many sums as hide the latency of a product, in the registers there are.
+#if LANES == 16
+constexpr int block_of(int vecs) { return vecs == 1 ? 16 : 8; }
+#else
+constexpr int block_of(int vecs) { return vecs == 1 ? 8 : 4; }
+#endif
+
+// Kept whole, each with all registers for its own loop.
+#define APART __attribute__((noinline))
+
+inline void fetch(const char* from, std::int64_t size) {
+    for (std::int64_t i = 0; i < size; i += LINE) __builtin_prefetch(from + i);
+}
+
+template <class V, int NV, class E, int KEYS>
+APART void score_block(const float* q, std::int64_t depth, const char* k, std::int64_t stride, float scale, float* s) {
+    constexpr int ROWS = NV * lanes<V>;
+    V sum[KEYS][NV];
+#pragma GCC unroll 16
     for (int key = 0; key < KEYS; ++key)
 #pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) sum[key][j] = set1(0.0f);
+        for (int j = 0; j < NV; ++j) sum[key][j] = V{};
 
-    for (std::int64_t d = 0; d < head_dim; ++d) {
-        Vec row[NV];
+    for (std::int64_t i = 0; i < depth; ++i) {
+        V row[NV];
 #pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) row[j] = *reinterpret_cast<const Vec*>(q + d * ROWS + j * LANES);
-#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) row[j] = at<V>(q + i * ROWS + j * lanes<V>);
+#pragma GCC unroll 16
         for (int key = 0; key < KEYS; ++key) {
-            const Vec x = set1(k[key * stride + d]);
+            const V x = broadcast<V>(k + key * stride + 4 * i);
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) sum[key][j] = fma(x, row[j], sum[key][j]);
+            for (int j = 0; j < NV; ++j) sum[key][j] = E::mul(x, row[j], sum[key][j]);
         }
     }
 
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int key = 0; key < KEYS; ++key)
 #pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) *reinterpret_cast<Vec*>(s + key * ROWS + j * LANES) = sum[key][j];
+        for (int j = 0; j < NV; ++j)
+            at<V>(s + key * ROWS + j * lanes<V>) = E::DEPTH == 1 ? sum[key][j] : sum[key][j] * set1<V>(scale);
 }
 
-// Fewer keys than a block has: the block of that many.
-template <int KEYS, int NV>
-inline void score_rest(const float* q, std::int64_t head_dim, const Run& k, int first, float* s) {
-    if constexpr (KEYS > 0) {
-        if (k.keys - first == KEYS)
-            score_block<KEYS, NV>(q, head_dim, k.data + first * k.stride, k.stride, s + first * NV * LANES);
-        else
-            score_rest<KEYS - 1, NV>(q, head_dim, k, first, s);
-    }
-}
-
-template <int NV>
-inline void scores(const float* q, std::int64_t head_dim, const Run& k, float* s) {
-    constexpr int KEYS = block_of(NV);
-    int first = 0;
+// Fewer keys than a block has: blocks of half as many, and so on.
+template <class V, int NV, class E, int KEYS>
+inline void score_run(const float* q, std::int64_t head_dim, const Run& k, int first, float scale, float* s) {
     for (; first + KEYS <= k.keys; first += KEYS)
-        score_block<KEYS, NV>(q, head_dim, k.data + first * k.stride, k.stride, s + first * NV * LANES);
-    score_rest<KEYS - 1, NV>(q, head_dim, k, first, s);
+        score_block<V, NV, E, KEYS>(q, head_dim / E::DEPTH, k.data + first * k.stride, k.stride, scale,
+                                    s + first * NV * lanes<V>);
+    if constexpr (KEYS > 1) score_run<V, NV, E, KEYS / 2>(q, head_dim, k, first, scale, s);
 }
 
-// o += v^T p over the keys of a run.
-template <int NV>
-inline void weigh(const float* p, const Run& v, std::int64_t head_dim, float* o) {
-    constexpr int ROWS = NV * LANES, DIMS = block_of(NV);
+// o += v^T p over links [0, links): keys, or pairs of them.
+template <class V, int NV, class E>
+APART void weigh(const float* p, int links, const float* v, std::int64_t room, std::int64_t head_dim, float* o) {
+    constexpr int ROWS = NV * lanes<V>, DIMS = block_of(NV);
     for (std::int64_t d = 0; d < head_dim; d += DIMS) {
-        Vec sum[DIMS][NV];
-#pragma GCC unroll 8
+        V sum[DIMS][NV];
+#pragma GCC unroll 16
         for (int i = 0; i < DIMS; ++i)
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) sum[i][j] = *reinterpret_cast<const Vec*>(o + (d + i) * ROWS + j * LANES);
+            for (int j = 0; j < NV; ++j) sum[i][j] = at<V>(o + (d + i) * ROWS + j * lanes<V>);
 
-        const float* value = v.data + d;
-        for (int key = 0; key < v.keys; ++key, value += v.stride) {
-            Vec row[NV];
+        const float* value = v + d / DIM_BLOCK * room * DIM_BLOCK + d % DIM_BLOCK;
+        for (int link = 0; link < links; ++link, value += DIM_BLOCK) {
+            V row[NV];
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) row[j] = *reinterpret_cast<const Vec*>(p + key * ROWS + j * LANES);
-#pragma GCC unroll 8
+            for (int j = 0; j < NV; ++j) row[j] = at<V>(p + link * ROWS + j * lanes<V>);
+#pragma GCC unroll 16
             for (int i = 0; i < DIMS; ++i) {
-                const Vec x = set1(value[i]);
+                const V x = broadcast<V>(
+                    reinterpret_cast<const char*>(value + i / DIM_BLOCK * room * DIM_BLOCK + i % DIM_BLOCK));
 #pragma GCC unroll 3
-                for (int j = 0; j < NV; ++j) sum[i][j] = fma(x, row[j], sum[i][j]);
+                for (int j = 0; j < NV; ++j) sum[i][j] = E::mul(x, row[j], sum[i][j]);
             }
         }
 
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < DIMS; ++i)
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) *reinterpret_cast<Vec*>(o + (d + i) * ROWS + j * LANES) = sum[i][j];
+            for (int j = 0; j < NV; ++j) at<V>(o + (d + i) * ROWS + j * lanes<V>) = sum[i][j];
     }
 }
 
-// The same for a key that not every row sees. A row that does not see it is left as it is, whatever v holds: 0 * NaN is NaN.
-template <int NV>
-inline void weigh_seen(const float* p, const float* value, std::int64_t head_dim, const IVec* seen, float* o) {
-    constexpr int ROWS = NV * LANES;
+// The same for a link that not every row sees, or sees the first key of. A row that does not see a key is left as it is,
+// whatever the value: 0 * NaN is NaN.
+template <class V, int NV, class E>
+APART void weigh_seen(const float* p, const float* v, std::int64_t room, std::int64_t head_dim, const Int<V>* seen, float* o) {
+    constexpr int ROWS = NV * lanes<V>;
     for (std::int64_t d = 0; d < head_dim; ++d) {
-        const Vec x = set1(value[d]);
+        const V x = broadcast<V>(reinterpret_cast<const char*>(v + d / DIM_BLOCK * room * DIM_BLOCK + d % DIM_BLOCK));
+        const V first = E::DEPTH == 1 ? x : (V)((Int<V>)x & 0xffff);
 #pragma GCC unroll 3
         for (int j = 0; j < NV; ++j) {
-            Vec& sum = *reinterpret_cast<Vec*>(o + d * ROWS + j * LANES);
-            sum = seen[j] ? fma(x, *reinterpret_cast<const Vec*>(p + j * LANES), sum) : sum;
+            V& sum = at<V>(o + d * ROWS + j * lanes<V>);
+            const V row = at<V>(p + j * lanes<V>);
+            sum = seen[j] >= E::DEPTH ? E::mul(x, row, sum) : seen[j] == 1 ? E::mul(first, row, sum) : sum;
         }
     }
 }
 
-template <int NV>
-inline void scale(float* o, std::int64_t head_dim, const Vec* alpha) {
-    IVec other = alpha[0] != set1(1.0f);
+template <class V, int NV>
+inline void rescale(float* o, std::int64_t head_dim, const V* alpha) {
+    Int<V> other = alpha[0] != set1<V>(1.0f);
 #pragma GCC unroll 3
-    for (int j = 1; j < NV; ++j) other |= alpha[j] != set1(1.0f);
+    for (int j = 1; j < NV; ++j) other |= alpha[j] != set1<V>(1.0f);
     int any = 0;
-    for (int lane = 0; lane < LANES; ++lane) any |= other[lane];
+    for (int lane = 0; lane < lanes<V>; ++lane) any |= other[lane];
     if (!any) return;
     for (std::int64_t d = 0; d < head_dim; ++d)
 #pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) *reinterpret_cast<Vec*>(o + (d * NV + j) * LANES) *= alpha[j];
+        for (int j = 0; j < NV; ++j) at<V>(o + (d * NV + j) * lanes<V>) *= alpha[j];
 }
 
 // Scores -> weights, in place; m, l go on, and alpha is what the sums so far are to be multiplied by.
-template <int NV>
-inline void soften(float* s, int keys, float* m_ptr, float* l_ptr, Vec* alpha) {
-    constexpr int ROWS = NV * LANES;
-    Vec m[NV], pivot[NV], total[NV];
+template <class V, int NV, class E>
+APART void soften(float* s, int keys, float* m_ptr, float* l_ptr, V* alpha) {
+    constexpr int ROWS = NV * lanes<V>;
+    V m[NV], pivot[NV], total[NV];
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) m[j] = *reinterpret_cast<const Vec*>(m_ptr + j * LANES);
+    for (int j = 0; j < NV; ++j) m[j] = at<V>(m_ptr + j * lanes<V>);
     for (int key = 0; key < keys; ++key)
 #pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) m[j] = max(m[j], *reinterpret_cast<const Vec*>(s + key * ROWS + j * LANES));
+        for (int j = 0; j < NV; ++j) m[j] = max(m[j], at<V>(s + key * ROWS + j * lanes<V>));
 
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) {
         pivot[j] = pivot_of(m[j]);
-        alpha[j] = exp2(*reinterpret_cast<const Vec*>(m_ptr + j * LANES) - pivot[j]);
-        total[j] = set1(0.0f);
+        alpha[j] = exp2(at<V>(m_ptr + j * lanes<V>) - pivot[j]);
+        total[j] = V{};
     }
-    for (int key = 0; key < keys; ++key)
+    int key = 0;
+    for (; key + E::DEPTH <= keys; key += E::DEPTH)
 #pragma GCC unroll 3
         for (int j = 0; j < NV; ++j) {
-            Vec& p = *reinterpret_cast<Vec*>(s + key * ROWS + j * LANES);
-            p = exp2(p - pivot[j]);
+            const V p = exp2(at<V>(s + key * ROWS + j * lanes<V>) - pivot[j]);
             total[j] += p;
+            V weight = p;
+            if constexpr (E::DEPTH == 2) {
+                const V next = exp2(at<V>(s + (key + 1) * ROWS + j * lanes<V>) - pivot[j]);
+                total[j] += next;
+                weight = E::of(p, next);
+            }
+            at<V>(s + key / E::DEPTH * ROWS + j * lanes<V>) = weight;
         }
+    if constexpr (E::DEPTH == 2)
+        if (key < keys)
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) {
+                const V p = exp2(at<V>(s + key * ROWS + j * lanes<V>) - pivot[j]);
+                total[j] += p;
+                at<V>(s + key / 2 * ROWS + j * lanes<V>) = E::of(p, V{});
+            }
 
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) {
-        Vec& l = *reinterpret_cast<Vec*>(l_ptr + j * LANES);
-        *reinterpret_cast<Vec*>(m_ptr + j * LANES) = m[j];
+        V& l = at<V>(l_ptr + j * lanes<V>);
+        at<V>(m_ptr + j * lanes<V>) = m[j];
         l = fma(l, alpha[j], total[j]);
     }
 }
 
 // The group's state goes on over a tile. seen: keys of the tile that every row sees; lengths [rows]: keys that each sees.
-template <int NV>
-void step(const Tile& tile, std::int64_t head_dim, const Group& group, int seen, const std::int32_t* lengths, float* s) {
-    constexpr int ROWS = NV * LANES;
-    int first = 0;
-    for (int run = 0; run < tile.runs; first += tile.k[run++].keys) {
-        if (tile.scattered) {
-            if (run + 1 < tile.runs) fetch(tile.k[run + 1], head_dim);
-            fetch(tile.v[run], head_dim);
-        }
-        scores<NV>(group.q, head_dim, tile.k[run], s + first * ROWS);
-    }
-    IVec length[NV] = {};
-    for (int key = seen; key < tile.keys; ++key)
-#pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) {
-            length[j] = *reinterpret_cast<const IVec*>(lengths + j * LANES);
-            Vec& score = *reinterpret_cast<Vec*>(s + key * ROWS + j * LANES);
-            score = length[j] > key ? score : set1(-INF);
-        }
+template <class E>
+void step(const Tile& tile, std::int64_t head_dim, const Group& group, float scale, int seen, const std::int32_t* lengths,
+          float* s) {
+    by_form(group, [&](auto form) {
+        using V = typename decltype(form)::Vector;
+        constexpr int NV = decltype(form)::NV, ROWS = NV * lanes<V>;
+        int first = 0;
+        for (int run = 0; run < tile.runs; first += tile.k[run++].keys)
+            score_run<V, NV, E, block_of(NV)>(group.q, head_dim, tile.k[run], 0, scale, s + first * ROWS);
 
-    Vec alpha[NV];
-    soften<NV>(s, tile.keys, group.state.m, group.state.l, alpha);
-    scale<NV>(group.state.o, head_dim, alpha);
-    first = 0;
-    for (int run = 0; run < tile.runs; first += tile.v[run++].keys) {
-        const Run& v = tile.v[run];
-        const int whole = static_cast<int>(min(seen - first < 0 ? 0 : seen - first, v.keys));
-        weigh<NV>(s + first * ROWS, Run{v.data, v.stride, whole}, head_dim, group.state.o);
-        for (int key = whole; key < v.keys; ++key) {
-            IVec mask[NV];
+        Int<V> length[NV] = {};
+        for (int key = seen; key < tile.keys; ++key)
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) mask[j] = length[j] > first + key;
-            weigh_seen<NV>(s + (first + key) * ROWS, v.data + key * v.stride, head_dim, mask, group.state.o);
+            for (int j = 0; j < NV; ++j) {
+                length[j] = *reinterpret_cast<const Int<V>*>(lengths + j * lanes<V>);
+                V& score = at<V>(s + key * ROWS + j * lanes<V>);
+                score = length[j] > key ? score : set1<V>(-INF);
+            }
+
+        V alpha[NV];
+        soften<V, NV, E>(s, tile.keys, group.state.m, group.state.l, alpha);
+        rescale<V, NV>(group.state.o, head_dim, alpha);
+        const int links = (tile.keys + E::DEPTH - 1) / E::DEPTH, whole = seen == tile.keys ? links : seen / E::DEPTH;
+        weigh<V, NV, E>(s, whole, tile.v, tile.room, head_dim, group.state.o);
+        for (int link = whole; link < links; ++link) {
+            Int<V> sees[NV];
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) sees[j] = length[j] - link * E::DEPTH;
+            weigh_seen<V, NV, E>(s + link * ROWS, tile.v + link * DIM_BLOCK, tile.room, head_dim, sees, group.state.o);
         }
-    }
+    });
 }
 
-void step(const Tile& tile, std::int64_t head_dim, const Group& group, int seen, const std::int32_t* lengths, float* s) {
-    if (group.vecs == 1)
-        step<1>(tile, head_dim, group, seen, lengths, s);
-    else if (group.vecs == 2)
-        step<2>(tile, head_dim, group, seen, lengths, s);
-    else
-        step<3>(tile, head_dim, group, seen, lengths, s);
+// Values of the keys at row(0) to row(keys - 1), as `weigh` reads them.
+template <class E, class Row>
+inline void pack(Dtype dtype, const Row& row, int keys, std::int64_t head_dim, float* to, std::int64_t room) {
+    if constexpr (E::DEPTH == 1) {
+        const std::int64_t size = size_of(dtype);
+        for (int key = 0; key < keys; ++key) {
+            const char* from = row(key);
+            for (std::int64_t d = 0; d < head_dim; d += DIM_BLOCK)
+                widen(dtype, from + d * size, to + d * room + key * DIM_BLOCK, DIM_BLOCK);
+        }
+    } else {
+        typedef std::uint16_t Shorts __attribute__((vector_size(16)));
+        typedef std::uint32_t Words __attribute__((vector_size(32), may_alias));
+        for (int key = 0; key < keys; key += 2)
+            for (std::int64_t d = 0; d < head_dim; d += DIM_BLOCK) {
+                Shorts low, high = {};
+                __builtin_memcpy(&low, row(key) + 2 * d, sizeof low);
+                if (key + 1 < keys) __builtin_memcpy(&high, row(key + 1) + 2 * d, sizeof high);
+                *reinterpret_cast<Words*>(to + d * room + key / 2 * DIM_BLOCK) =
+                    __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+            }
+    }
 }
 
 // -- states ------------------------------------------------------------------------------------------------------------
 
-inline Vec& vec(float* data, std::int64_t index) { return *reinterpret_cast<Vec*>(data + index * LANES); }
-
-void start(const Lanes& state, int vecs, std::int64_t head_dim) {
-    for (int j = 0; j < vecs; ++j) {
-        vec(state.m, j) = set1(-INF);
-        vec(state.l, j) = set1(0.0f);
+void start(const Lanes& state, std::int64_t rows, std::int64_t head_dim) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+        state.m[i] = -INF;
+        state.l[i] = 0.0f;
     }
-    for (std::int64_t i = 0; i < head_dim * vecs; ++i) vec(state.o, i) = set1(0.0f);
+    __builtin_memset(state.o, 0, static_cast<std::size_t>(head_dim * rows) * sizeof(float));
 }
 
 // a = fold(a, b): always left to right, order is part of the result.
-void fold(const Lanes& a, const Lanes& b, int vecs, std::int64_t head_dim) {
-    Vec alpha[MAX_VECS], beta[MAX_VECS];
-    for (int j = 0; j < vecs; ++j) {
-        const Vec m = max(vec(a.m, j), vec(b.m, j)), pivot = pivot_of(m);
-        alpha[j] = exp2(vec(a.m, j) - pivot);
-        beta[j] = exp2(vec(b.m, j) - pivot);
-        vec(a.m, j) = m;
-        vec(a.l, j) = fma(vec(a.l, j), alpha[j], vec(b.l, j) * beta[j]);
-    }
-    for (std::int64_t d = 0; d < head_dim; ++d)
-        for (int j = 0; j < vecs; ++j) {
-            Vec& sum = vec(a.o, d * vecs + j);
-            sum = fma(sum, alpha[j], vec(b.o, d * vecs + j) * beta[j]);
+void fold(const Lanes& a, const Lanes& b, const Group& group, std::int64_t head_dim) {
+    by_form(group, [&](auto form) {
+        using V = typename decltype(form)::Vector;
+        constexpr int NV = decltype(form)::NV;
+        V alpha[NV], beta[NV];
+        for (int j = 0; j < NV; ++j) {
+            const int i = j * lanes<V>;
+            const V m_a = at<V>(a.m + i), m_b = at<V>(b.m + i), m = max(m_a, m_b), pivot = pivot_of(m);
+            alpha[j] = exp2(m_a - pivot);
+            beta[j] = exp2(m_b - pivot);
+            at<V>(a.m + i) = m;
+            at<V>(a.l + i) = fma(at<V>(a.l + i), alpha[j], at<V>(b.l + i) * beta[j]);
         }
-}
-
-// Index of packed row 0 of a slot and head.
-inline std::int64_t place_of(const Queries& q, std::int64_t slot, std::int64_t head) {
-    return (slot * q.num_kv_heads + head) * q.rows * q.group;
+        for (std::int64_t d = 0; d < head_dim; ++d)
+            for (int j = 0; j < NV; ++j) {
+                const std::int64_t i = (d * NV + j) * lanes<V>;
+                at<V>(a.o + i) = fma(at<V>(a.o + i), alpha[j], at<V>(b.o + i) * beta[j]);
+            }
+    });
 }
 
 void load(const States& from, std::int64_t place, const Group& group, std::int64_t head_dim, const Lanes& to) {
-    const std::int64_t rows = group.vecs * LANES;
-    if (group.count < rows) start(to, group.vecs, head_dim);
+    if (group.count < group.rows) start(to, group.rows, head_dim);
     place += group.first;
     for (std::int64_t i = 0; i < group.count; ++i) {
         to.m[i] = from.m[place + i];
         to.l[i] = from.l[place + i];
         const float* acc = from.acc + (place + i) * head_dim;
-        for (std::int64_t d = 0; d < head_dim; ++d) to.o[d * rows + i] = acc[d];
+        for (std::int64_t d = 0; d < head_dim; ++d) to.o[d * group.rows + i] = acc[d];
     }
 }
 
 void store(const Lanes& from, const Group& group, std::int64_t head_dim, const States& to, std::int64_t place) {
-    const std::int64_t rows = group.vecs * LANES;
     place += group.first;
     for (std::int64_t i = 0; i < group.count; ++i) {
         to.m[place + i] = from.m[i];
         to.l[place + i] = from.l[i];
         float* acc = to.acc + (place + i) * head_dim;
-        for (std::int64_t d = 0; d < head_dim; ++d) acc[d] = from.o[d * rows + i];
+        for (std::int64_t d = 0; d < head_dim; ++d) acc[d] = from.o[d * group.rows + i];
     }
 }
 
-// Rows as lanes, times scale; lanes without a row hold 0. line: head_dim floats.
+// Rows as lanes; lanes without a row hold 0. line: head_dim floats.
+template <class E>
 void load_queries(const Queries& q, std::int64_t head, const Group& group, float* line) {
-    const std::int64_t rows = group.vecs * LANES;
-    for (std::int64_t i = 0; i < q.head_dim * group.vecs; ++i) vec(group.q, i) = set1(0.0f);
+    const std::int64_t depth = q.head_dim / E::DEPTH;
+    if (group.count < group.rows)
+        __builtin_memset(group.q, 0, static_cast<std::size_t>(depth * group.rows) * sizeof(float));
     for (std::int64_t i = 0; i < group.count; ++i) {
         const std::int64_t row = (group.first + i) / q.group, g = (group.first + i) % q.group;
-        widen(q.dtype, q.data + row * q.stride_row + (head * q.group + g) * q.stride_head, line, q.head_dim);
-        for (std::int64_t d = 0; d < q.head_dim; ++d) group.q[d * rows + i] = line[d] * q.scale;
+        const char* from = q.data + row * q.stride_row + (head * q.group + g) * q.stride_head;
+        if constexpr (E::DEPTH == 1) {
+            widen(q.dtype, from, line, q.head_dim);
+            for (std::int64_t d = 0; d < depth; ++d) group.q[d * group.rows + i] = line[d] * q.scale;
+        } else {
+            for (std::int64_t d = 0; d < depth; ++d) __builtin_memcpy(group.q + d * group.rows + i, from + 4 * d, 4);
+        }
     }
 }
 
 // -- memory ------------------------------------------------------------------------------------------------------------
 
-constexpr std::int64_t GROUP_ROWS = MAX_VECS * LANES;
-
 inline std::int64_t group_floats(std::int64_t head_dim) { return GROUP_ROWS * (3 * head_dim + 4); }
 
 // Memory of a thread in the order it is taken. Every size is a multiple of LANES, so every part is aligned.
 struct Memory {
-    float* at;
+    float* next;
 
     float* take(std::int64_t floats) {
-        float* part = at;
-        at += floats;
+        float* part = next;
+        next += floats;
         return part;
     }
 
     Lanes state(std::int64_t head_dim) {
-        Lanes lanes;
-        lanes.m = take(GROUP_ROWS);
-        lanes.l = take(GROUP_ROWS);
-        lanes.o = take(GROUP_ROWS * head_dim);
-        return lanes;
+        Lanes state;
+        state.m = take(GROUP_ROWS);
+        state.l = take(GROUP_ROWS);
+        state.o = take(GROUP_ROWS * head_dim);
+        return state;
     }
 
     Group group(std::int64_t head_dim, std::int64_t first, std::int64_t last) {
@@ -469,7 +425,9 @@ struct Memory {
         group.total = state(head_dim);
         group.first = first;
         group.count = min(GROUP_ROWS, last - first);
-        group.vecs = static_cast<int>((group.count + LANES - 1) / LANES);
+        group.lanes = group.count <= lanes<Half> ? lanes<Half> : LANES;
+        group.vecs = static_cast<int>((group.count + group.lanes - 1) / group.lanes);
+        group.rows = group.lanes * group.vecs;
         return group;
     }
 };
@@ -480,8 +438,6 @@ inline void swap(Lanes& a, Lanes& b) {
     b = c;
 }
 
-inline std::int64_t size_of(Dtype dtype) { return dtype == FP32 ? 4 : 2; }
-
 // -- K1 ----------------------------------------------------------------------------------------------------------------
 
 std::int64_t prefix_scratch(const PrefixCall& call) {
@@ -489,60 +445,61 @@ std::int64_t prefix_scratch(const PrefixCall& call) {
     return UNIT_GROUPS * group_floats(d) + GROUP_ROWS * PREFIX_KEYS + 2 * PREFIX_KEYS * d + d;
 }
 
-void prefix(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
+template <class E>
+void prefix_of(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
     const Queries& q = call.q;
-    const Item& item = *unit.item;
-    const Node& node = call.nodes[item.node];
-    const std::int64_t d = q.head_dim, size = size_of(q.dtype), head_bytes = node.padded * d * size;
+    const Node& node = call.nodes[unit.node];
+    const std::int64_t d = q.head_dim, size = size_of(q.dtype), line_bytes = d * size, head_bytes = node.padded * line_bytes;
     const char* keys = reinterpret_cast<const char*>(node.address) + (2 * call.layer * q.num_kv_heads + unit.head) * head_bytes;
     const char* values = keys + q.num_kv_heads * head_bytes;
+    const bool widened = E::DEPTH == 1 && q.dtype != FP32;
 
     Memory memory{scratch};
     float* s = memory.take(GROUP_ROWS * PREFIX_KEYS);
     float* k_wide = memory.take(PREFIX_KEYS * d);
-    float* v_wide = memory.take(PREFIX_KEYS * d);
     float* line = memory.take(d);
+    Tile tile;
+    tile.runs = 1;
+    tile.v = memory.take(PREFIX_KEYS * d);
+    tile.room = PREFIX_KEYS / E::DEPTH;
     Group groups[UNIT_GROUPS];
     int count = 0;
     for (std::int64_t first = unit.first; first < unit.last; first += GROUP_ROWS) {
         groups[count] = memory.group(d, first, unit.last);
-        load_queries(q, unit.head, groups[count++], line);
+        load_queries<E>(q, unit.head, groups[count++], line);
     }
 
-    Tile tile;
-    tile.runs = 1;
-    tile.scattered = false;
-    for (std::int64_t seg = item.seg_begin; seg < item.seg_end; ++seg) {
-        for (int g = 0; g < count; ++g) start(groups[g].state, groups[g].vecs, d);
+    for (std::int64_t seg = unit.seg_begin; seg < unit.seg_end; ++seg) {
+        for (int g = 0; g < count; ++g) start(groups[g].state, groups[g].rows, d);
         const std::int64_t end = min((seg + 1) * node.segment, node.tokens);
         for (std::int64_t first = seg * node.segment; first < end; first += PREFIX_KEYS) {
             tile.keys = static_cast<int>(min(PREFIX_KEYS, end - first));
-            const char *k = keys + first * d * size, *v = values + first * d * size;
-            if (q.dtype == FP32) {
-                tile.k[0] = Run{reinterpret_cast<const float*>(k), d, tile.keys};
-                tile.v[0] = Run{reinterpret_cast<const float*>(v), d, tile.keys};
-            } else {
-                widen(q.dtype, k, k_wide, tile.keys * d);
-                widen(q.dtype, v, v_wide, tile.keys * d);
-                tile.k[0] = Run{k_wide, d, tile.keys};
-                tile.v[0] = Run{v_wide, d, tile.keys};
-            }
-            for (int g = 0; g < count; ++g) step(tile, d, groups[g], tile.keys, nullptr, s);
+            const char *k = keys + first * line_bytes, *v = values + first * line_bytes;
+            pack<E>(q.dtype, [&](int key) { return v + key * line_bytes; }, tile.keys, d, tile.v, tile.room);
+            if (widened) widen(q.dtype, k, k_wide, tile.keys * d);
+            tile.k[0] = widened ? Run{reinterpret_cast<const char*>(k_wide), 4 * d, tile.keys} : Run{k, line_bytes, tile.keys};
+            for (int g = 0; g < count; ++g) step<E>(tile, d, groups[g], q.scale, tile.keys, nullptr, s);
         }
 
         for (int g = 0; g < count; ++g) {
             Group& group = groups[g];
-            if (item.seg_begin > 0)
-                store(group.state, group, d, call.out, place_of(q, item.state + seg - item.seg_begin, unit.head));
+            if (unit.seg_begin > 0)
+                store(group.state, group, d, unit.out, unit.place + (seg - unit.seg_begin) * unit.segment_rows);
             else if (seg == 0)
                 swap(group.state, group.total);
             else
-                fold(group.total, group.state, group.vecs, d);
+                fold(group.total, group.state, group, d);
         }
     }
-    if (item.seg_begin == 0)
-        for (int g = 0; g < count; ++g)
-            store(groups[g].total, groups[g], d, call.out, place_of(q, item.state, unit.head));
+    if (unit.seg_begin == 0)
+        for (int g = 0; g < count; ++g) store(groups[g].total, groups[g], d, unit.out, unit.place);
+}
+
+void prefix(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
+    if (in_pairs(call.q.dtype))
+        prefix_of<Pair>(call, unit, scratch);
+    else
+        prefix_of<Single>(call, unit, scratch);
 }
 
 // -- K2 ----------------------------------------------------------------------------------------------------------------
@@ -556,127 +513,131 @@ std::int64_t suffix_scratch(const SuffixCall& call) {
 void path_state(const SuffixCall& call, const Group& group, const std::int32_t* flags, std::int64_t head, const Lanes& next) {
     const std::int64_t d = call.q.head_dim;
     const Lanes &total = group.state, &node = group.total;
-    start(total, group.vecs, d);
     int nodes = 0;
     for (std::int64_t slot = 0; slot < call.in.slots && flags[slot] != 0; ++slot) {
-        const std::int64_t place = place_of(call.q, slot, head);
+        const std::int64_t place = (slot * call.q.num_kv_heads + head) * call.q.rows * call.q.group;
         if (flags[slot] == 1) {
-            if (nodes > 1) fold(total, node, group.vecs, d);
+            if (nodes > 1) fold(total, node, group, d);
             load(call.in, place, group, d, nodes == 0 ? total : node);
             ++nodes;
         } else {
             load(call.in, place, group, d, next);
-            fold(nodes == 1 ? total : node, next, group.vecs, d);
+            fold(nodes == 1 ? total : node, next, group, d);
         }
     }
-    if (nodes > 1) fold(total, node, group.vecs, d);
+    if (nodes == 0) start(total, group.rows, d);
+    if (nodes > 1) fold(total, node, group, d);
 }
 
-// Keys and values of the slot's tokens [first, first + keys): where they lie in fp32, widened into one run otherwise.
-void gather(const SuffixCall& call, std::int64_t slot, std::int64_t head, std::int64_t first, int keys, float* k_wide,
-            float* v_wide, Tile& tile) {
+struct Pages {  // of one agent and head: where a token's key and value lie
+    const SuffixCall& call;
+    const std::int32_t* table;
+    std::int64_t head;
+
+    const char* row(const TokenPages& pages, std::int64_t token) const {
+        return pages.data + table[token / call.page_tokens] * pages.stride_page + head * pages.stride_head +
+               token % call.page_tokens * pages.stride_token;
+    }
+};
+
+// Keys and values of tokens [first, first + keys): keys where they lie or widened, values packed.
+template <class E>
+void gather(const Pages& pages, std::int64_t first, int keys, float* k_wide, Tile& tile) {
+    const SuffixCall& call = pages.call;
     const std::int64_t d = call.q.head_dim;
-    const std::int32_t* pages = call.page_table + slot * call.table_stride;
+    const bool widened = E::DEPTH == 1 && call.q.dtype != FP32;
     tile.keys = keys;
     tile.runs = 0;
-    tile.scattered = call.q.dtype == FP32;
     for (int done = 0; done < keys;) {
-        const std::int64_t page = pages[(first + done) / call.page_tokens], token = (first + done) % call.page_tokens;
-        const int run = static_cast<int>(min(call.page_tokens - token, keys - done));
-        const char* k = call.k.data + page * call.k.stride_page + head * call.k.stride_head + token * call.k.stride_token;
-        const char* v = call.v.data + page * call.v.stride_page + head * call.v.stride_head + token * call.v.stride_token;
-        if (call.q.dtype == FP32) {
-            tile.k[tile.runs] = Run{reinterpret_cast<const float*>(k), call.k.stride_token / 4, run};
-            tile.v[tile.runs++] = Run{reinterpret_cast<const float*>(v), call.v.stride_token / 4, run};
-        } else {
-            for (int i = 0; i < run; ++i) {
+        const std::int64_t token = first + done;
+        const int run = static_cast<int>(min(call.page_tokens - token % call.page_tokens, keys - done));
+        const char* k = pages.row(call.k, token);
+        if (!widened)
+            tile.k[tile.runs++] = Run{k, call.k.stride_token, run};
+        else
+            for (int i = 0; i < run; ++i)
                 widen(call.q.dtype, k + i * call.k.stride_token, k_wide + (done + i) * d, d);
-                widen(call.q.dtype, v + i * call.v.stride_token, v_wide + (done + i) * d, d);
-            }
-        }
         done += run;
     }
-    if (call.q.dtype != FP32) {
-        tile.runs = 1;
-        tile.k[0] = Run{k_wide, d, keys};
-        tile.v[0] = Run{v_wide, d, keys};
-    }
+    if (widened) tile.k[tile.runs++] = Run{reinterpret_cast<const char*>(k_wide), 4 * d, keys};
+    pack<E>(call.q.dtype, [&](int key) { return pages.row(call.v, first + key); }, keys, d, tile.v, tile.room);
 }
 
 // o = acc / l and lse = ln(2^m l); 0 and -inf where no key was seen.
 void finish(const SuffixCall& call, const Group& group, std::int64_t head, float* line) {
     const Queries& q = call.q;
-    const std::int64_t d = q.head_dim, rows = group.vecs * LANES, size = size_of(q.dtype);
-    for (int j = 0; j < group.vecs; ++j) {
-        const Vec l = vec(group.state.l, j), divisor = l == set1(0.0f) ? set1(1.0f) : l;
-        for (std::int64_t i = 0; i < d; ++i) vec(group.state.o, i * group.vecs + j) /= divisor;
-    }
+    const std::int64_t d = q.head_dim, size = size_of(q.dtype);
     for (std::int64_t i = 0; i < group.count; ++i) {
         const std::int64_t row = (group.first + i) / q.group, g = (group.first + i) % q.group;
         if (call.row_slot[row] < 0) continue;
         const std::int64_t out = (row * q.num_kv_heads + head) * q.group + g;
-        const float l = group.state.l[i];
+        const float l = group.state.l[i], divisor = l == 0.0f ? 1.0f : l;
         call.lse[out] = l == 0.0f ? -INF : (group.state.m[i] + __builtin_log2f(l)) * 0x1.62e430p-1f;
-        for (std::int64_t n = 0; n < d; ++n) line[n] = group.state.o[n * rows + i];
-        char* o = call.o + out * d * size;
-        for (std::int64_t n = 0; n < d; ++n) narrow(q.dtype, line[n], o + n * size);
+        for (std::int64_t n = 0; n < d; ++n) line[n] = group.state.o[n * group.rows + i];
+        for (std::int64_t n = 0; n < d; ++n) line[n] /= divisor;
+        narrow(q.dtype, line, call.o + out * d * size, d);
     }
 }
 
-void suffix(const SuffixCall& call, const SuffixTile& tile, std::int64_t head, float* scratch) {
+template <class E>
+void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head, float* scratch) {
     const Queries& q = call.q;
-    const std::int64_t d = q.head_dim, last = tile.row_end * q.group;
-    for (std::int64_t first = tile.row_begin * q.group; first < last; first += GROUP_ROWS) {
+    const std::int64_t d = q.head_dim, last = rows.row_end * q.group;
+    const Pages pages{call, call.page_table + rows.slot * call.table_stride, head};
+    for (std::int64_t first = rows.row_begin * q.group; first < last; first += GROUP_ROWS) {
         Memory memory{scratch};
         float* s = memory.take(GROUP_ROWS * SUFFIX_KEYS);
         auto* lengths = reinterpret_cast<std::int32_t*>(memory.take(GROUP_ROWS));
         auto* ahead = reinterpret_cast<std::int32_t*>(memory.take(GROUP_ROWS));
         float* k_wide = memory.take(SUFFIX_KEYS * d);
-        float* v_wide = memory.take(SUFFIX_KEYS * d);
         float* line = memory.take(d);
+        Tile tile;
+        tile.v = memory.take(SUFFIX_KEYS * d);
+        tile.room = SUFFIX_KEYS / E::DEPTH;
         Group group = memory.group(d, first, last);
         const Lanes next = memory.state(d);
-        load_queries(q, head, group, line);
+        load_queries<E>(q, head, group, line);
 
         // Lanes without a row see what the first one sees.
         std::int64_t shortest = INT32_MAX, longest = 0;
-        for (std::int64_t i = 0; i < group.vecs * LANES; ++i) {
+        for (std::int64_t i = 0; i < group.rows; ++i) {
             const std::int64_t row = (group.first + (i < group.count ? i : 0)) / q.group;
-            const std::int64_t length = std::int64_t{call.seq_lens[tile.slot]} - call.row_back[row];
+            const std::int64_t length = std::int64_t{call.seq_lens[rows.slot]} - call.row_back[row];
             lengths[i] = static_cast<std::int32_t>(length < 0 ? 0 : length);
             shortest = min(shortest, lengths[i]);
             longest = lengths[i] > longest ? lengths[i] : longest;
         }
 
-        Tile keys;
-        if (longest > 0) {
-            gather(call, tile.slot, head, 0, static_cast<int>(min(SUFFIX_KEYS, longest)), k_wide, v_wide, keys);
-            if (keys.scattered) fetch(keys.k[0], d);
-        }
-        path_state(call, group, call.path_table + tile.path * call.in.slots, head, next);
+        path_state(call, group, call.path_table + rows.path * call.in.slots, head, next);
         swap(group.state, group.total);
         for (std::int64_t segment = 0; segment < longest; segment += call.segment) {
             // The first segment goes on from the path's state, every later one starts afresh and is folded in order.
             if (segment == 0)
                 swap(group.state, group.total);
             else
-                start(group.state, group.vecs, d);
+                start(group.state, group.rows, d);
             const std::int64_t end = min(segment + call.segment, longest);
-            for (std::int64_t at = segment; at < end; at += SUFFIX_KEYS) {
-                if (at > 0)
-                    gather(call, tile.slot, head, at, static_cast<int>(min(SUFFIX_KEYS, end - at)), k_wide, v_wide, keys);
-                for (std::int64_t i = 0; i < group.vecs * LANES; ++i) ahead[i] = lengths[i] - static_cast<std::int32_t>(at);
-                const std::int64_t seen = shortest - at < 0 ? 0 : shortest - at;
-                step(keys, d, group, static_cast<int>(min(seen, keys.keys)), ahead, s);
+            for (std::int64_t begin = segment; begin < end; begin += SUFFIX_KEYS) {
+                gather<E>(pages, begin, static_cast<int>(min(SUFFIX_KEYS, end - begin)), k_wide, tile);
+                for (std::int64_t i = 0; i < group.rows; ++i) ahead[i] = lengths[i] - static_cast<std::int32_t>(begin);
+                const std::int64_t seen = shortest - begin < 0 ? 0 : shortest - begin;
+                step<E>(tile, d, group, q.scale, static_cast<int>(min(seen, tile.keys)), ahead, s);
             }
             if (segment == 0)
                 swap(group.state, group.total);
             else
-                fold(group.total, group.state, group.vecs, d);
+                fold(group.total, group.state, group, d);
         }
         swap(group.state, group.total);
         finish(call, group, head, line);
     }
+}
+
+void suffix(const SuffixCall& call, const SuffixTile& rows, std::int64_t head, float* scratch) {
+    if (in_pairs(call.q.dtype))
+        suffix_of<Pair>(call, rows, head, scratch);
+    else
+        suffix_of<Single>(call, rows, head, scratch);
 }
 
 // -- the fold alone, and exp2 ------------------------------------------------------------------------------------------

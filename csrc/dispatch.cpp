@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "threads.h"
@@ -90,6 +91,34 @@ std::size_t useful(std::int64_t threads, std::int64_t work) {
 
 std::size_t bytes(std::int64_t floats) { return static_cast<std::size_t>(floats) * sizeof(float); }
 
+// A node's segments walked apart, for more threads than there are rows to keep busy: a state each, then folded in their order,
+// as one who walks them all folds them. The bits are the same.
+class Walk {
+public:
+    Walk(std::int64_t segments, std::int64_t rows, std::int64_t head_dim, std::int64_t place)
+        : segments_(segments), rows_(rows), head_dim_(head_dim), place_(place),
+          memory_(new float[static_cast<std::size_t>(segments * rows * (head_dim + 2))]) {}
+
+    States states() const {
+        float* m = memory_.get();
+        return {m, m + segments_ * rows_, m + 2 * segments_ * rows_, segments_};
+    }
+
+    void fold(const Kernels& isa, const States& out) const {
+        const States all = states();
+        float *m = out.m + place_, *l = out.l + place_, *acc = out.acc + place_ * head_dim_;
+        std::copy_n(all.m, rows_, m);
+        std::copy_n(all.l, rows_, l);
+        std::copy_n(all.acc, rows_ * head_dim_, acc);
+        for (std::int64_t at = rows_; at < segments_ * rows_; at += rows_)
+            isa.fold({rows_, head_dim_, m, l, acc, all.m + at, all.l + at, all.acc + at * head_dim_, m, l, acc});
+    }
+
+private:
+    std::int64_t segments_, rows_, head_dim_, place_;
+    std::unique_ptr<float[]> memory_;
+};
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -108,32 +137,49 @@ const Kernels& kernels(const std::string& name) {
 
 void prefix_attention(const Kernels& isa, const PrefixCall& call, std::int64_t threads) {
     check(call);
+    const Queries& q = call.q;
     std::int64_t groups = 0, work = 0;
     for (std::int64_t i = 0; i < call.num_items; ++i) {
         const Item& item = call.items[i];
         if (item.row_begin == item.row_end) continue;
         const Node& node = call.nodes[item.node];
-        const std::int64_t rows = (item.row_end - item.row_begin) * call.q.group;
+        const std::int64_t rows = (item.row_end - item.row_begin) * q.group;
         const std::int64_t keys = std::min(item.seg_end * node.segment, node.tokens) - item.seg_begin * node.segment;
-        groups += (rows + isa.group_rows - 1) / isa.group_rows * call.q.num_kv_heads;
-        work += rows * keys * 2 * call.q.head_dim * call.q.num_kv_heads;
+        groups += (rows + isa.group_rows - 1) / isa.group_rows * q.num_kv_heads;
+        work += rows * keys * 2 * q.head_dim * q.num_kv_heads;
     }
     const std::size_t useful_threads = useful(threads, work);
     // Groups of a unit share each tile of keys, but there must be units enough for every thread.
     const std::int64_t enough = static_cast<std::int64_t>(useful_threads) * UNITS_PER_THREAD;
     const std::int64_t unit_groups =
         useful_threads == 1 ? isa.unit_groups : std::clamp<std::int64_t>(groups / enough, 1, isa.unit_groups);
+    const bool by_segment = useful_threads > 1 && groups < enough;
 
     std::vector<PrefixUnit> units;
+    std::vector<Walk> walks;
     for (std::int64_t i = 0; i < call.num_items; ++i) {
         const Item& item = call.items[i];
-        const std::int64_t last = item.row_end * call.q.group, size = unit_groups * isa.group_rows;
-        for (std::int64_t head = 0; head < call.q.num_kv_heads; ++head)
-            for (std::int64_t first = item.row_begin * call.q.group; first < last; first += size)
-                units.push_back({&item, head, first, std::min(first + size, last)});
+        if (item.row_begin == item.row_end) continue;
+        const std::int64_t begin = item.row_begin * q.group, end = item.row_end * q.group, step = unit_groups * isa.group_rows;
+        for (std::int64_t head = 0; head < q.num_kv_heads; ++head) {
+            const std::int64_t place = (item.state * q.num_kv_heads + head) * q.rows * q.group;
+            const std::int64_t between = q.num_kv_heads * q.rows * q.group;
+            if (by_segment && item.seg_begin == 0 && item.seg_end > 1) {
+                walks.emplace_back(item.seg_end, end - begin, q.head_dim, place + begin);
+                for (std::int64_t seg = 0; seg < item.seg_end; ++seg)
+                    for (std::int64_t first = begin; first < end; first += step)
+                        units.push_back({item.node, head, first, std::min(first + step, end), seg, seg + 1,
+                                         walks.back().states(), seg * (end - begin) - begin, 0});
+            } else {
+                for (std::int64_t first = begin; first < end; first += step)
+                    units.push_back({item.node, head, first, std::min(first + step, end), item.seg_begin, item.seg_end, call.out,
+                                     place, between});
+            }
+        }
     }
     share(units.size(), useful_threads, bytes(isa.prefix_scratch(call)),
           [&](std::size_t i, float* scratch) { isa.prefix(call, units[i], scratch); });
+    share(walks.size(), useful_threads, 0, [&](std::size_t i, float*) { walks[i].fold(isa, call.out); });
 }
 
 void suffix_attention(const Kernels& isa, const SuffixCall& call, std::int64_t threads) {
