@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvkern import _C
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,6 +36,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "instruction_sets": _C.instruction_sets(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
@@ -43,6 +47,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         facts["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def here() -> Path:
+    """The folder for results of this machine, named for its CPU, the best instruction set that runs and the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = f"{_cpu_name()} {_C.instruction_sets()[0]} {cores} cores"
+    return ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def _version(name: str) -> str | None:
@@ -81,6 +92,8 @@ class Bench:
     device: torch.device
     results: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
+    beside: dict[str, Any] = field(default_factory=dict)
+    """What else the file holds, by its key."""
 
     @classmethod
     def start(
@@ -91,6 +104,10 @@ class Bench:
         parser.add_argument("--backend", default=None, help="a kvkern backend; by default the device decides")
         parser.add_argument("--samples", type=int, default=15, help="timed runs of each entry")
         parser.add_argument("--out", type=Path, default=None, help="folder for the JSON file")
+        named = here()
+        parser.add_argument(
+            "--here", dest="out", action="store_const", const=named, help=f"--out {named.relative_to(ROOT)}"
+        )
         if extra is not None:
             extra(parser)
         options = parser.parse_args()
@@ -140,14 +157,18 @@ class Bench:
         if self.path is None or not self.path.exists():
             return
         held = json.loads(self.path.read_text())
-        here = machine(self.device)
-        for fact in ("device", "gpu", "cpu", "threads", "versions"):
-            if held["machine"].get(fact) != here.get(fact):
+        now = machine(self.device)
+        facts = ["device", "gpu", "cpu", "threads", "versions"]
+        if self.device.type == "cpu":
+            facts.append("instruction_sets")  # CPUs of one name differ in them
+        for fact in facts:
+            if held["machine"].get(fact) != now.get(fact):
                 raise SystemExit(
-                    f"{self.path} {fact}: found {held['machine'].get(fact)}, needed {here.get(fact)}\n"
+                    f"{self.path} {fact}: found {held['machine'].get(fact)}, needed {now.get(fact)}\n"
                     "  do: give another folder as --out"
                 )
-        self.results, self.failed = held["results"], held.get("failed", [])
+        self.results, self.failed = held.pop("results"), held.pop("failed", [])
+        self.beside = {key: value for key, value in held.items() if key not in ("bench", "machine")}
 
     def has(self, shape: dict[str, Any]) -> bool:
         return any(result["shape"] == shape for result in self.results)
@@ -171,7 +192,7 @@ class Bench:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"bench": self.name, "machine": machine(self.device), "results": self.results}
+        content = {"bench": self.name, "machine": machine(self.device), "results": self.results} | self.beside
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content | ({"failed": self.failed} if self.failed else {}), indent=1) + "\n")
         os.replace(partial, self.path)

@@ -4,7 +4,8 @@ available  why the peer cannot run in this case, or None
 prepare    a function of no arguments that gives o [agents, num_qo_heads, head_dim]; all that a caller could keep from step to
            step (copies of K and V, packed rows, page lists, plans) is made here, outside of the time
 
-A peer that takes all rows of a kv head as one block of queries gives prefix and suffix apart, joined by `kvkern.merge_state`.
+A peer that takes all rows of a kv head as one block of queries gives prefix and suffix apart, joined by `kvkern.merge_state`;
+where there is no suffix, the prefix alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,11 +30,26 @@ from kvkern.geometry import PAGE
 from kvkern.kernels.oracle import attend_fp64
 
 Run = Callable[[], Tensor]
+PERIOD = 3_999_971
+SAMPLED_WHOLE = 4096
+"""Tokens of a prefix up to which the rows that are checked are checked in all heads on the CPU too."""
+
+
+class Sample(NamedTuple):
+    """Some heads of an agent's row as fp64 and as plain torch have them, [1, heads, head_dim]."""
+
+    agent: int
+    heads: slice
+    reference: Tensor
+    plain: Tensor
 
 
 @dataclass(eq=False)
 class Case:
-    """One layer's decode step of `agents` agents over a prefix and suffixes of one length, their newest token among them."""
+    """One layer's decode step of `agents` agents over a prefix and suffixes of one length, their newest token among them.
+
+    With suffixes of 0 tokens nothing is appended, and every row sees the prefix alone.
+    """
 
     geometry: kvkern.Geometry
     prefix_tokens: int
@@ -63,18 +79,29 @@ class Case:
             return torch.randn(size, device=device).to(geometry.dtype)
 
         heads, head_dim = geometry.num_kv_heads, geometry.head_dim
+        room(device, geometry.token_bytes() * (prefix_tokens + agents * -(-suffix_tokens // PAGE) * PAGE))
         prefix = kvkern.SharedPrefix(geometry, torch.arange(prefix_tokens), device=device)
-        prefix.block()[0, :, :, :prefix_tokens] = normal(2, heads, prefix_tokens, head_dim)
+        if device.type == "cpu":
+            fill(prefix.block()[0, :, :, :prefix_tokens])
+        else:
+            prefix.block()[0, :, :, :prefix_tokens] = normal(2, heads, prefix_tokens, head_dim)
         prefix.publish()
-        pool = kvkern.PagePool(geometry, agents * -(-suffix_tokens // PAGE), slots=agents, device=device)
-        pool.pages.normal_()
+        # A row has a place in the pages even where it is not appended.
+        held = max(1, suffix_tokens)
+        pool = kvkern.PagePool(geometry, agents * -(-held // PAGE), slots=agents, device=device)
+        if device.type == "cpu":
+            fill(pool.pages)
+        else:
+            pool.pages.normal_()
         for _ in range(agents):
             slot = pool.acquire_slot()
-            pool.reserve(slot, suffix_tokens)
-            pool.advance(slot, suffix_tokens - 1)
-        pool.seq_lens.fill_(suffix_tokens - 1)
+            pool.reserve(slot, held)
+            pool.advance(slot, held - 1)
+        pool.seq_lens.fill_(held - 1)
         plan = kvkern.Plan.make(pool, [kvkern.AgentRows(slot, prefix, 1) for slot in range(agents)])
         plan.begin()
+        if not suffix_tokens:
+            pool.seq_lens.zero_()
         q, k, v = (normal(agents, n, head_dim) for n in (geometry.num_qo_heads, heads, heads))
         return cls(geometry, prefix_tokens, suffix_tokens, prefix, pool, plan, q, k, v, backend)
 
@@ -87,9 +114,28 @@ class Case:
         return self.q.device
 
     def kvkern(self, backend: str | None = None) -> Tensor:
+        if not self.suffix_tokens:
+            return self.prefix_alone(backend or self.backend)
         return kvkern.shared_prefix_attention(
             self.q, self.k, self.v, self.plan, self.pool, layer=0, backend=backend or self.backend
         )
+
+    def prefix_alone(self, backend: str | None) -> Tensor:
+        """The flat operator on rows that append nothing and have no suffix."""
+        pool, none = self.pool, self.k[:0]
+        o, _ = torch.ops.kvkern.shared_prefix_attention(
+            self.q,
+            none,
+            none,
+            pool.pages,
+            pool.page_table,
+            pool.seq_lens,
+            *self.plan.tensors,
+            0,
+            self.geometry.head_dim**-0.5,
+            backend,
+        )
+        return o
 
     @functools.cached_property
     def prefix_kv(self) -> tuple[Tensor, Tensor]:
@@ -134,28 +180,53 @@ class Case:
         return o.unflatten(1, (self.agents, g.G)).transpose(0, 1).flatten(1, 2)
 
     @functools.cached_property
-    def samples(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Of the first, the middle and the last agent: its row in fp64, and by plain torch."""
-        found = {}
-        for agent in sorted({0, self.agents // 2, self.agents - 1}):
-            own = self.suffix_kv(slice(agent, agent + 1))
-            whole = [
-                torch.cat([shared.transpose(0, 1), suffix[0].transpose(0, 1)])
-                for shared, suffix in zip(self.prefix_kv, own, strict=True)
-            ]
-            row = self.q[agent, None]
-            reference, _ = attend_fp64(row.cpu(), whole[0].cpu(), whole[1].cpu())
-            found[agent] = reference, plain_attention(row, whole[0], whole[1]).o
+    def samples(self) -> list[Sample]:
+        """Of the first, the middle and the last agent: its row in fp64, and by plain torch, kv head by kv head.
+
+        On the CPU, over a long prefix, one kv head of each agent, another of each.
+        """
+        g, found = self.geometry, []
+        few = self.device.type == "cpu" and self.prefix_tokens > SAMPLED_WHOLE
+        for n, agent in enumerate(sorted({0, self.agents // 2, self.agents - 1})):
+            own, row = self.suffix_kv(slice(agent, agent + 1)), self.q[agent, None]
+            parts = []
+            heads = [n * (g.num_kv_heads - 1) // 2] if few else list(range(g.num_kv_heads))
+            for head in heads:
+                keys, values = (
+                    torch.cat([shared[head], suffix[0, head]])[:, None]
+                    for shared, suffix in zip(self.prefix_kv, own, strict=True)
+                )
+                q = row[:, head * g.G : (head + 1) * g.G]
+                reference, _ = attend_fp64(q.cpu(), keys.cpu(), values.cpu())
+                parts.append((reference, plain_attention(q, keys, values).o))
+            reference, plain = (torch.cat(rows, dim=1) for rows in zip(*parts, strict=True))
+            found.append(Sample(agent, slice(heads[0] * g.G, (heads[-1] + 1) * g.G), reference, plain))
         return found
 
     def room(self, size: int) -> None:
-        """Raise MemoryError where `size` bytes would not leave half of the memory that is free."""
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = available_memory()
-        if size > free // 2:
-            raise MemoryError(f"{size / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+        room(self.device, size)
+
+
+def room(device: torch.device, size: int) -> None:
+    """Raise MemoryError where `size` bytes would not leave half of the memory that is free."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if size > free // 2:
+        raise MemoryError(f"{size / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+
+
+def fill(tensor: Tensor) -> None:
+    """Normal numbers, drawn once and repeated: a CPU draws 10 to 100 million a second, and a pool may have a billion.
+
+    The period is prime, so that no two heads, tokens or pages are alike.
+    """
+    drawn = torch.randn(min(tensor.numel(), PERIOD)).to(tensor.dtype)
+    whole = tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    flat, n = whole.view(-1), drawn.numel()
+    pieces = flat.numel() // n
+    flat[: pieces * n].view(pieces, n).copy_(drawn.expand(pieces, n))
+    flat[pieces * n :] = drawn[: flat.numel() - pieces * n]
+    if whole is not tensor:
+        tensor.copy_(whole)
 
 
 def available_memory() -> int:
@@ -185,8 +256,10 @@ def with_lse(case: Case, attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor
     """Prefix with all rows of a kv head as one block, suffix with an agent's, merged; attend takes [.., .., tokens, head_dim]."""
     g = case.geometry
     keys, values = (part[None] for part in case.prefix_kv)
-    own_keys, own_values = case.suffixes
     rows, own_rows = case.packed[None], case.q.view(case.agents, g.num_kv_heads, g.G, g.head_dim)
+    if not case.suffix_tokens:
+        return lambda: case.unpack(attend(rows, keys, values)[0][0])
+    own_keys, own_values = case.suffixes
 
     def run() -> Tensor:
         o, lse = attend(rows, keys, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import kvkern
-from kvkern import qwen3
+from kvkern import _C, native, qwen3
 from kvkern.kernels.oracle import attend_fp64
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -178,6 +179,212 @@ def test_every_entry_of_a_quick_cell_fits_a_case_of_many_pages(scripts: Any) -> 
                 o = peer.prepare(case)()
                 assert o.shape == case.q.shape
                 layer.check(case, o)
+
+
+# -- one layer on the CPU: many cells, little time -----------------------------------------------------------------------
+
+
+def test_cells_of_the_aims_come_first_and_on_cuda_all_is_as_it_was(scripts: Any) -> None:
+    layer = scripts["bench_layer"]
+
+    def listed(*argv: str, cpu: bool = True) -> list[Any]:
+        parser = argparse.ArgumentParser()
+        layer.options(parser)
+        return layer.cells(parser.parse_args(argv), cpu=cpu)
+
+    quick, aims, everything = listed(), listed("--aims"), listed("--all")
+    assert {cell.dtype for cell in quick} == {"float32", "bfloat16"} and len(quick) == 4
+    assert aims[:4] == quick and everything[: len(aims)] == aims
+    assert len(everything) == len(set(everything)) == 4 * 6 * 4 * 3 * 2
+    sizes = {(cell.agents, cell.prefix, cell.suffix) for cell in aims if cell.heads[2] == 64}
+    assert {(b, p, 0) for b in (64, 256, 1024) for p in (2048, 8192, 32768)} | {(1, 32768, 0), (4, 32768, 0)} <= sizes
+    assert {(b, 512, s) for b in (64, 256, 1024) for s in (64, 512)} <= sizes
+    assert listed("--aims", "--quick") == quick
+    assert {(cell.heads, cell.dtype) for cell in listed("--all", "--heads", "9", "3", "64", "--dtype", "bfloat16")} == {
+        ((9, 3, 64), "bfloat16")
+    }
+    assert listed(cpu=False) == [layer.Cell((32, 8, 128), "bfloat16", *cell) for cell in layer.CELLS]
+    assert [cell[2:] for cell in listed("--quick", cpu=False)] == layer.QUICK
+    assert listed("--heads", "4", "2", "64", "--dtype", "float16", "--cell", "1", "2", "3", cpu=False) == [
+        layer.Cell((4, 2, 64), "float16", 1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize(("heads", "dtype"), [((6, 2, 64), torch.float32), ((2, 2, 64), torch.bfloat16)])
+def test_without_a_suffix_every_entry_sees_the_prefix_alone(
+    scripts: Any, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    peers, layer = scripts["peers"], scripts["bench_layer"]
+    case = peers.Case.make(kvkern.Geometry(1, *heads, dtype), 5, 77, 0, device=torch.device("cpu"))
+    before, keys = case.pool.pages.clone(), case.prefix_kv
+    reference = torch.cat([attend_fp64(case.q[b, None], *(part.transpose(0, 1) for part in keys))[0] for b in range(5)])
+    for run in (case.kvkern, *(peer.prepare(case) for peer in peers.PEERS if peer.available(case) is None)):
+        assert (run().double() - reference).abs().max() < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(case.pool.pages, before) and layer.kernels(case).keys() == {"K1", "K2"}
+    o, _ = layer.kernels(case)["K2"]()
+    layer.check(case, o)
+    case.pool.seq_lens[3] = 1  # the control: a token of its own
+    assert (case.kvkern()[3].double() - reference[3]).abs().max() > 1e-2
+
+
+def test_columns_of_k1_and_k2_count_what_each_has_to_do(scripts: Any, tmp_path: Path) -> None:
+    (with_suffix,) = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--kernels", "--peers").results
+    (without,) = Ran(
+        scripts["bench_layer"], tmp_path / "0", *SHAPE, "--kernels", "--peers", "--cell", "3", "100", "0"
+    ).results
+    assert "k2_ms" not in without and without["flop"] == 4 * 3 * 4 * 64 * 100
+    for result, tokens in ((with_suffix, 100), (without, 100)):
+        k1, roofs = statistics.median(result["seconds"]["K1"]), result["roofs"]
+        assert result["k1_ms"] == k1 * 1e3
+        assert result["k1_gemm_share"] == pytest.approx(4 * 3 * 4 * 64 * tokens / k1 / roofs["gemm_flop_per_s"])
+        assert result["k1_copy_share"] == pytest.approx(2 * 2 * 64 * 2 * tokens / k1 / roofs["copy_bytes_per_s"])
+    k2 = statistics.median(with_suffix["seconds"]["K2"])
+    assert with_suffix["k2_gbs"] == pytest.approx(2 * 2 * 64 * 2 * 3 * 20 / k2 / 1e9)
+    samples = with_suffix["seconds"]["kvkern"]
+    assert with_suffix["spread"]["kvkern"] == (max(samples) - min(samples)) / statistics.median(samples)
+
+
+def test_roofs_of_a_cpu_are_those_of_the_cell_and_say_what_they_count(scripts: Any, tmp_path: Path) -> None:
+    (result,) = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers").results
+    roofs = result["roofs"]
+    assert roofs["copy_counts"] == "bytes read and bytes written" and roofs["threads"] == torch.get_num_threads()
+    gemm, copy = (statistics.median(roofs["seconds"][name]) for name in ("gemm", "copy"))
+    assert roofs["gemm_flop_per_s"] == 2 * roofs["gemm_size"] ** 3 / gemm
+    assert roofs["copy_bytes_per_s"] == 2 * roofs["copy_bytes"] / copy
+
+
+def test_each_entry_has_its_share_of_a_cells_time_and_turns_are_mixed(scripts: Any) -> None:
+    layer, order = scripts["bench_layer"], []
+
+    class Clock:
+        options = argparse.Namespace(cell_seconds=6.0, samples=4)
+
+        def once(self, run: Any) -> float:
+            name, taken = run
+            order.append(name)
+            return taken
+
+    takes = {"kvkern": 5.0, "fast": 0.01, "slow": 0.5, "slower": 1.5, "roof copy": 0.4}
+    runs = {name: (name, taken) for name, taken in takes.items()}
+    found = layer.shares(Clock(), runs, {"slower": 1.5}, lambda: order.append("flush"))
+    assert {name: len(samples) for name, samples in found.items()} == {
+        **{"kvkern": 3, "fast": 4, "slow": 2, "slower": 1, "roof copy": 3}
+    }
+    timed = order[order.index("flush") :]
+    assert timed[::2] == ["flush"] * (len(timed) // 2), "each timed run after a flush"
+    assert timed.index("slow") < len(timed) // 2 < len(timed) - 1 - timed[::-1].index("slow")
+    assert order.count("slower") == 0, "its checked run was its sample"
+
+
+def test_a_cell_and_a_peer_that_would_take_too_long_have_a_reason(scripts: Any, tmp_path: Path) -> None:
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers", "--cell-seconds", "1e-9")
+    assert ran.refused is None and ran.results == []
+    (failed,) = ran.failed
+    assert failed["reason"].startswith("TooLong: ") and "by the rate of the product" in failed["reason"]
+
+    layer = scripts["bench_layer"]
+    pace, small, large = (
+        layer.Pace(8.0),
+        *(layer.Cell((32, 8, 128), "bfloat16", 64, p, 0) for p in (2048, 32768)),
+    )
+    pace.note(small, {"expanded_sdpa": 2.0, "kvkern": 0.02})
+    pace.admit(large, "kvkern")
+    pace.admit(small, "expanded_sdpa")
+    pace.admit(large._replace(dtype="float32"), "expanded_sdpa")
+    with pytest.raises(layer.TooLong, match="about 32 s a run"):
+        pace.admit(large, "expanded_sdpa")
+    row = {
+        "shape": {"B": 64, "P": 2048, "S": 0, "heads": [32, 8, 128], "dtype": "bfloat16"},
+        "seconds": {"expanded_sdpa": [2.0]},
+    }
+    again = layer.Pace(8.0)
+    again.take_up([row])
+    assert again.reached[(32, 8, 128), "bfloat16", "expanded_sdpa"] == small.flop / 2.0
+
+
+def test_a_case_that_does_not_fit_has_a_reason(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripts["peers"], "available_memory", lambda: 1000)
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert ran.results == [] and ran.failed[0]["reason"].startswith("MemoryError: 0.0 GiB needed")
+
+
+def test_rows_of_two_instruction_sets_stand_in_one_file(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names() -> list[str | None]:
+        return [row["isa"] for row in Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers").results]
+
+    monkeypatch.setattr(native, "instruction_set", lambda: "first", raising=False)
+    assert names() == ["first"]
+    monkeypatch.setattr(native, "instruction_set", lambda: "second", raising=False)
+    assert names() == names() == ["first", "second"]
+    monkeypatch.delattr(native, "instruction_set")
+    assert names() == ["first", "second", _C.instruction_sets()[0]]
+    assert Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers", "--backend", "torch").results[-1]["isa"] is None
+
+
+def test_cells_that_were_not_begun_are_told_until_they_have_a_time(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, two = scripts["bench_layer"], [(2, 60, 0), (1, 50, 0)]
+    monkeypatch.setattr(layer, "TINY", two)
+    ticks = iter([0.0, 0.0, 1.0, *[2.0] * 9])
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.time, "monotonic", lambda: next(ticks))
+        cut = Ran(layer, tmp_path, *SHAPE, "--peers", "--seconds", "1")
+    assert [row["agents"] for row in cut.results] == [2]
+    (told,) = cut.file["not_begun"]
+    assert told.startswith("B=1 P=50 S=0 heads=[4, 2, 64] dtype=bfloat16")
+    done = Ran(layer, tmp_path, *SHAPE, "--peers")
+    assert len(done.results) == 2 and done.file["not_begun"] == []
+
+
+def test_the_gain_of_a_second_thread_is_kept_beside_the_cells(
+    scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers", "--threads-gain")
+    (kept,) = ran.file["threads_gain"]
+    assert kept["shape"] | {"isa": None} == {
+        **{"B": 1, "P": 200, "heads": [4, 2, 64], "dtype": "bfloat16", "isa": None}
+    }
+    assert {count: len(samples) for count, samples in kept["seconds"].items()} == {"1": 3, "2": 3}
+    one, two = (statistics.median(samples) for samples in kept["seconds"].values())
+    assert kept["gain"] == one / two and torch.get_num_threads() == threads
+    assert "threads  B=1 P=200" in capsys.readouterr().out
+    again = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers", "--threads-gain")
+    assert again.text == ran.text and capsys.readouterr().out == ""
+
+
+def test_a_file_of_a_cpu_with_other_instructions_is_not_taken_up(scripts: Any, tmp_path: Path) -> None:
+    first = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    moved = first.file | {"machine": first.file["machine"] | {"instruction_sets": ["portable"]}}
+    (tmp_path / "layer.json").write_text(json.dumps(moved))
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert "instruction_sets: found ['portable']" in str(ran.refused) and ran.file == moved
+
+
+def test_the_folder_of_a_machine_is_named_for_its_instructions_and_cores(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = scripts["harness"]
+    monkeypatch.setattr(harness, "_cpu_name", lambda: "Some CPU (R) 12-Core")
+    monkeypatch.setattr(harness.os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    expected = f"some-cpu-r-12-core-{_C.instruction_sets()[0]}-3-cores"
+    assert harness.here() == BENCH / "results" / expected
+
+
+def test_numbers_that_fill_a_pool_are_normal_and_repeat_at_no_page(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = scripts["peers"]
+    monkeypatch.setattr(peers, "PERIOD", 10_007)
+    for strided in (False, True):
+        pages = torch.zeros(2, 2, 32, 16, 65)[..., : 64 if strided else 65]
+        peers.fill(pages)
+        tokens = pages.reshape(-1, pages.shape[-1])
+        assert len(torch.unique(tokens, dim=0)) == len(tokens)
+        assert abs(pages.mean()) < 0.05 and abs(pages.std() - 1) < 0.05
 
 
 class FakeFlashInfer(ModuleType):
