@@ -10,6 +10,8 @@
 // weights. Keys are read where they lie and broadcast, 32 bits at a time. Values are packed once for all rows of a unit,
 // [head_dim / 8][keys][8]: where they lie, a block of dimensions is one line in many, and those displace each other.
 //
+// While keys are multiplied their values are fetched, and while values are weighed the next tile's keys: as many bytes as are read.
+//
 // Bound by multiply-adds where rows fill the vectors (24 sums from 11 loads in 32 registers), by memory where they are few.
 //
 // No function of the standard library is used here, and all has internal linkage; see attention.h.
@@ -25,7 +27,6 @@ constexpr int MAX_VECS = 3;
 constexpr std::int64_t GROUP_ROWS = MAX_VECS * LANES;
 constexpr int UNIT_GROUPS = static_cast<int>(288 / GROUP_ROWS);
 constexpr int DIM_BLOCK = 8;
-constexpr std::int64_t LINE = 64;
 
 // -- products ----------------------------------------------------------------------------------------------------------
 
@@ -72,7 +73,10 @@ struct Run {  // keys that lie stride bytes apart
 struct Tile {
     Run k[SUFFIX_KEYS];
     int runs, keys;
-    float* v;               // packed; a block of dimensions is `room` keys long
+    const char* behind[SUFFIX_KEYS];  // of each run of keys the memory to be fetched beside it: its values
+    const char* next;                 // and beside the values: the next keys, so many bytes of them, or 0
+    std::int64_t next_size;
+    float* v;  // packed; a block of dimensions is `room` keys long
     std::int64_t room;
 };
 
@@ -116,12 +120,9 @@ constexpr int block_of(int vecs) { return vecs == 1 ? 8 : 4; }
 // Kept whole, each with all registers for its own loop.
 #define APART __attribute__((noinline))
 
-inline void fetch(const char* from, std::int64_t size) {
-    for (std::int64_t i = 0; i < size; i += LINE) __builtin_prefetch(from + i);
-}
-
 template <class V, int NV, class E, int KEYS>
-APART void score_block(const float* q, std::int64_t depth, const char* k, std::int64_t stride, float scale, float* s) {
+APART void score_block(const float* q, std::int64_t depth, const char* k, std::int64_t stride, const char* behind, float scale,
+                       float* s) {
     constexpr int ROWS = NV * lanes<V>;
     V sum[KEYS][NV];
 #pragma GCC unroll 16
@@ -130,6 +131,7 @@ APART void score_block(const float* q, std::int64_t depth, const char* k, std::i
         for (int j = 0; j < NV; ++j) sum[key][j] = V{};
 
     for (std::int64_t i = 0; i < depth; ++i) {
+        __builtin_prefetch(behind + 4 * KEYS * i);
         V row[NV];
 #pragma GCC unroll 3
         for (int j = 0; j < NV; ++j) row[j] = at<V>(q + i * ROWS + j * lanes<V>);
@@ -150,17 +152,18 @@ APART void score_block(const float* q, std::int64_t depth, const char* k, std::i
 
 // Fewer keys than a block has: blocks of half as many, and so on.
 template <class V, int NV, class E, int KEYS>
-inline void score_run(const float* q, std::int64_t head_dim, const Run& k, int first, float scale, float* s) {
+inline void score_run(const float* q, std::int64_t depth, const Run& k, const char* behind, int first, float scale, float* s) {
     for (; first + KEYS <= k.keys; first += KEYS)
-        score_block<V, NV, E, KEYS>(q, head_dim / E::DEPTH, k.data + first * k.stride, k.stride, scale,
+        score_block<V, NV, E, KEYS>(q, depth, k.data + first * k.stride, k.stride, behind + first * depth * 4, scale,
                                     s + first * NV * lanes<V>);
-    if constexpr (KEYS > 1) score_run<V, NV, E, KEYS / 2>(q, head_dim, k, first, scale, s);
+    if constexpr (KEYS > 1) score_run<V, NV, E, KEYS / 2>(q, depth, k, behind, first, scale, s);
 }
 
 // o += v^T p over links [0, links): keys, or pairs of them.
 template <class V, int NV, class E>
-APART void weigh(const float* p, int links, const float* v, std::int64_t room, std::int64_t head_dim, float* o) {
+APART void weigh(const float* p, int links, const Tile& tile, std::int64_t head_dim, float* o) {
     constexpr int ROWS = NV * lanes<V>, DIMS = block_of(NV);
+    const std::int64_t room = tile.room;
     for (std::int64_t d = 0; d < head_dim; d += DIMS) {
         V sum[DIMS][NV];
 #pragma GCC unroll 16
@@ -168,8 +171,10 @@ APART void weigh(const float* p, int links, const float* v, std::int64_t room, s
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) sum[i][j] = at<V>(o + (d + i) * ROWS + j * lanes<V>);
 
-        const float* value = v + d / DIM_BLOCK * room * DIM_BLOCK + d % DIM_BLOCK;
-        for (int link = 0; link < links; ++link, value += DIM_BLOCK) {
+        const float* value = tile.v + d / DIM_BLOCK * room * DIM_BLOCK + d % DIM_BLOCK;
+        std::int64_t next = 4 * d * links;
+        for (int link = 0; link < links; ++link, value += DIM_BLOCK, next += 4 * DIMS) {
+            __builtin_prefetch(tile.next + min(next, tile.next_size), 0, 2);
             V row[NV];
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) row[j] = at<V>(p + link * ROWS + j * lanes<V>);
@@ -268,15 +273,17 @@ APART void soften(float* s, int keys, float* m_ptr, float* l_ptr, V* alpha) {
 }
 
 // The group's state goes on over a tile. seen: keys of the tile that every row sees; lengths [rows]: keys that each sees.
-template <class E>
+template <class E, class Pack>
 void step(const Tile& tile, std::int64_t head_dim, const Group& group, float scale, int seen, const std::int32_t* lengths,
-          float* s) {
+          float* s, const Pack& pack_values) {
     by_form(group, [&](auto form) {
         using V = typename decltype(form)::Vector;
         constexpr int NV = decltype(form)::NV, ROWS = NV * lanes<V>;
         int first = 0;
         for (int run = 0; run < tile.runs; first += tile.k[run++].keys)
-            score_run<V, NV, E, block_of(NV)>(group.q, head_dim, tile.k[run], 0, scale, s + first * ROWS);
+            score_run<V, NV, E, block_of(NV)>(group.q, head_dim / E::DEPTH, tile.k[run], tile.behind[run], 0, scale,
+                                              s + first * ROWS);
+        pack_values();
 
         Int<V> length[NV] = {};
         for (int key = seen; key < tile.keys; ++key)
@@ -291,7 +298,7 @@ void step(const Tile& tile, std::int64_t head_dim, const Group& group, float sca
         soften<V, NV, E>(s, tile.keys, group.state.m, group.state.l, alpha);
         rescale<V, NV>(group.state.o, head_dim, alpha);
         const int links = (tile.keys + E::DEPTH - 1) / E::DEPTH, whole = seen == tile.keys ? links : seen / E::DEPTH;
-        weigh<V, NV, E>(s, whole, tile.v, tile.room, head_dim, group.state.o);
+        weigh<V, NV, E>(s, whole, tile, head_dim, group.state.o);
         for (int link = whole; link < links; ++link) {
             Int<V> sees[NV];
 #pragma GCC unroll 3
@@ -475,10 +482,19 @@ void prefix_of(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
         for (std::int64_t first = seg * node.segment; first < end; first += PREFIX_KEYS) {
             tile.keys = static_cast<int>(min(PREFIX_KEYS, end - first));
             const char *k = keys + first * line_bytes, *v = values + first * line_bytes;
-            pack<E>(q.dtype, [&](int key) { return v + key * line_bytes; }, tile.keys, d, tile.v, tile.room);
             if (widened) widen(q.dtype, k, k_wide, tile.keys * d);
             tile.k[0] = widened ? Run{reinterpret_cast<const char*>(k_wide), 4 * d, tile.keys} : Run{k, line_bytes, tile.keys};
-            for (int g = 0; g < count; ++g) step<E>(tile, d, groups[g], q.scale, tile.keys, nullptr, s);
+            tile.behind[0] = v;
+            tile.next = k + PREFIX_KEYS * line_bytes;
+            tile.next_size = first + PREFIX_KEYS < end ? PREFIX_KEYS * line_bytes : 0;
+            for (int g = 0; g < count; ++g) {
+                step<E>(tile, d, groups[g], q.scale, tile.keys, nullptr, s, [&] {
+                    if (g == 0)
+                        pack<E>(q.dtype, [&](int key) { return v + key * line_bytes; }, tile.keys, d, tile.v, tile.room);
+                });
+                tile.behind[0] = k;
+                tile.next_size = 0;
+            }
         }
 
         for (int g = 0; g < count; ++g) {
@@ -540,7 +556,7 @@ struct Pages {  // of one agent and head: where a token's key and value lie
     }
 };
 
-// Keys and values of tokens [first, first + keys): keys where they lie or widened, values packed.
+// Keys of tokens [first, first + keys), where they lie or widened.
 template <class E>
 void gather(const Pages& pages, std::int64_t first, int keys, float* k_wide, Tile& tile) {
     const SuffixCall& call = pages.call;
@@ -552,6 +568,7 @@ void gather(const Pages& pages, std::int64_t first, int keys, float* k_wide, Til
         const std::int64_t token = first + done;
         const int run = static_cast<int>(min(call.page_tokens - token % call.page_tokens, keys - done));
         const char* k = pages.row(call.k, token);
+        tile.behind[tile.runs] = pages.row(call.v, token);
         if (!widened)
             tile.k[tile.runs++] = Run{k, call.k.stride_token, run};
         else
@@ -560,7 +577,6 @@ void gather(const Pages& pages, std::int64_t first, int keys, float* k_wide, Til
         done += run;
     }
     if (widened) tile.k[tile.runs++] = Run{reinterpret_cast<const char*>(k_wide), 4 * d, keys};
-    pack<E>(call.q.dtype, [&](int key) { return pages.row(call.v, first + key); }, keys, d, tile.v, tile.room);
 }
 
 // o = acc / l and lse = ln(2^m l); 0 and -inf where no key was seen.
@@ -621,7 +637,12 @@ void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head
                 gather<E>(pages, begin, static_cast<int>(min(SUFFIX_KEYS, end - begin)), k_wide, tile);
                 for (std::int64_t i = 0; i < group.rows; ++i) ahead[i] = lengths[i] - static_cast<std::int32_t>(begin);
                 const std::int64_t seen = shortest - begin < 0 ? 0 : shortest - begin;
-                step<E>(tile, d, group, q.scale, static_cast<int>(min(seen, tile.keys)), ahead, s);
+                const std::int64_t coming = min(SUFFIX_KEYS, end - begin - SUFFIX_KEYS);
+                tile.next = pages.row(call.k, coming > 0 ? begin + SUFFIX_KEYS : begin);
+                tile.next_size = coming > 0 ? min(coming, call.page_tokens) * call.k.stride_token : 0;
+                step<E>(tile, d, group, q.scale, static_cast<int>(min(seen, tile.keys)), ahead, s, [&] {
+                    pack<E>(q.dtype, [&](int key) { return pages.row(call.v, begin + key); }, tile.keys, d, tile.v, tile.room);
+                });
             }
             if (segment == 0)
                 swap(group.state, group.total);

@@ -1,10 +1,16 @@
 // A few threads that stay, and work shared among them by a counter.
 //
 // Which thread takes which unit changes no bit, so there is no schedule to keep: a thread that wakes late finds the work
-// done and sleeps again. The pool is made by the first call that wants it, again in a process that was forked, and it is
-// never destroyed: its threads sleep in it when the process ends.
+// done and sleeps again.
+//
+// They are those of torch wherever its OpenMP is libgomp: its threads spin for milliseconds after an operator of torch, and
+// others would share the cores with them; this way they are awake when they are asked. Found at run time, so that csrc needs
+// no OpenMP of its own. Elsewhere, and in a forked process, where libgomp hangs, a pool of our own: made by the first call that
+// wants it, again after a fork, and never destroyed, its threads sleep in it when the process ends.
 #pragma once
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -18,6 +24,57 @@
 #include <thread>
 
 namespace kvkern {
+
+// One floating-point environment for all threads, whatever the caller has set: flushing subnormals changes bits.
+inline void guarded(const std::function<void()>& body) {
+    struct Environment {
+        Environment() {
+            std::fegetenv(&was);
+            std::fesetenv(FE_DFL_ENV);
+        }
+        ~Environment() { std::fesetenv(&was); }
+        std::fenv_t was;
+    } const environment;
+    body();
+}
+
+// body() in torch's OpenMP threads.
+class Team {
+public:
+    // libgomp's entry for a parallel region, or null: not in this process, or not to be used in it.
+    using Entry = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static Entry of_torch() {
+        static const Entry entry = reinterpret_cast<Entry>(::dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        return forked_ ? nullptr : entry;
+    }
+
+    static void run(Entry entry, std::size_t threads, const std::function<void()>& body) {
+        Region region{&body, {}, nullptr};
+        entry(&Region::enter, &region, static_cast<unsigned>(threads), 0);
+        if (region.failed != nullptr) std::rethrow_exception(region.failed);
+    }
+
+private:
+    struct Region {
+        const std::function<void()>* body;
+        std::mutex mutex;
+        std::exception_ptr failed;
+
+        // No exception may leave a parallel region.
+        static void enter(void* data) {
+            auto* region = static_cast<Region*>(data);
+            try {
+                guarded(*region->body);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(region->mutex);
+                region->failed = std::current_exception();
+            }
+        }
+    };
+
+    static inline std::atomic<bool> forked_{false};
+    static inline const int watched_ = ::pthread_atfork(nullptr, nullptr, [] { forked_ = true; });
+};
 
 class Pool {
 public:
@@ -67,19 +124,6 @@ public:
 private:
     explicit Pool(pid_t process) : process_(process) {}
 
-    // One floating-point environment for all threads, whatever the caller has set: flushing subnormals changes bits.
-    static void guarded(const std::function<void()>& body) {
-        struct Environment {
-            Environment() {
-                std::fegetenv(&was);
-                std::fesetenv(FE_DFL_ENV);
-            }
-            ~Environment() { std::fesetenv(&was); }
-            std::fenv_t was;
-        } const environment;
-        body();
-    }
-
     void grow(std::size_t size) {
         while (size_ < size) {
             try {
@@ -124,7 +168,7 @@ template <class Unit>
 void share(std::size_t units, std::size_t threads, std::size_t scratch_bytes, const Unit& unit) {
     constexpr std::align_val_t LINE{64};
     std::atomic<std::size_t> next{0};
-    Pool::of_process().run(threads < units ? threads : units, [&] {
+    const auto body = [&] {
         struct Scratch {
             explicit Scratch(std::size_t bytes) : data(static_cast<float*>(::operator new(bytes, LINE))) {}
             ~Scratch() { ::operator delete(data, LINE); }
@@ -133,7 +177,14 @@ void share(std::size_t units, std::size_t threads, std::size_t scratch_bytes, co
             float* data;
         } const scratch(scratch_bytes);
         for (std::size_t i = next.fetch_add(1); i < units; i = next.fetch_add(1)) unit(i, scratch.data);
-    });
+    };
+    const Team::Entry team = Team::of_torch();
+    if (threads < 2 || units < 2)
+        guarded(body);
+    else if (team != nullptr)
+        Team::run(team, threads, body);
+    else
+        Pool::of_process().run(threads < units ? threads : units, body);
 }
 
 }  // namespace kvkern
