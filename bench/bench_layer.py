@@ -14,7 +14,8 @@ Entries of a cell, timed in turns:
   gemm          the prefix's two matrix products, scores kept in memory: a roof, not attention
   and the peers of peers.py
 The rates of one square matrix product (gemm_share) and of a copy (copy_share), in the cell's dtype: once a run, and on the CPU,
-whose neighbours come and go, in turns with the entries. A copy's bytes are those read and those written; the bytes of kvkern,
+whose neighbours come and go, in turns with the entries, beside multiply-adds on registers alone (k1_fma_share; not of products
+of bf16 pairs). A copy's bytes are those read and those written; the bytes of kvkern,
 K1 and K2 are the K and V that they have to read. All of them have torch.get_num_threads() threads.
 
 On the CPU a cell is of one geometry, dtype and instruction set (KVKERN_ISA=avx2 forces one; its cells stand in the same file).
@@ -24,8 +25,8 @@ is slower yet has that of its check alone; cells and peers that would take many 
 --threads-gain: K1 of 1 agent over 32,768 tokens with 1 and 2 threads in turns, kept in the file beside the cells.
 
 Fields: shape, backend, isa, geometry, dtype, agents, prefix, suffix, ms, gflops, gbs, gemm_share, copy_share, ratio_<entry> (how
-many times as long as kvkern), k1_ms, k1_gflops, k1_gemm_share, k1_gbs, k1_copy_share, k2_ms, k2_gbs, k2_copy_share (of K1 and K2
-alone), spread (of each entry: largest less smallest sample, by the median), seconds (every sample), flop, bytes, reasons (of what
+many times as long as kvkern), k1_ms, k1_gflops, k1_gemm_share, k1_fma_share, k1_gbs, k1_copy_share, k2_ms, k2_gbs, k2_copy_share (of
+K1 and K2 alone), spread (of each entry: largest less smallest sample, by the median), seconds (every sample), flop, bytes, reasons (of what
 has no time), roofs, commit.
 
     layer    B=64 P=2048 S=64 heads=[32, 8, 128] dtype=bfloat16 backend=None | <ms> ms (<spread> %) |
@@ -38,6 +39,7 @@ import argparse
 import functools
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -47,6 +49,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import peers
 import torch
+from fma_peak import FmaPeak
 from harness import Bench, WrongResult, gate, reason, shown
 from peers import Case
 from torch import Tensor
@@ -167,9 +170,10 @@ def isa(bench: Bench) -> str | None:
 
 
 class Roofs:
-    """A square matrix product in one dtype, and a copy."""
+    """A square matrix product in one dtype, a copy, and multiply-adds on registers of one instruction set."""
 
-    def __init__(self, bench: Bench, dtype: str, buffers: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, bench: Bench, dtype: str, buffers: tuple[Tensor, Tensor], fma: FmaPeak | None) -> None:
+        self.fma = fma
         self.bench, number = bench, getattr(torch, dtype)
         n = 256 if bench.options.tiny else 8192 if bench.device.type == "cuda" else 2048
         small = torch.randn(512, 512, device=bench.device).to(number)
@@ -182,13 +186,14 @@ class Roofs:
         self.source, self.target = buffers
 
     def runs(self) -> dict[str, Callable[[], Any]]:
-        return {
+        runs = {
             "gemm": lambda: torch.mm(self.a, self.b),
             "copy": lambda: self.target.copy_(self.source),
         }
+        return runs | ({} if self.fma is None else {"fma": self.fma.run})
 
     def rates(self, seconds: dict[str, list[float]]) -> dict[str, Any]:
-        """Of samples of both: FLOP/s, and bytes read and written in a second."""
+        """Of samples of each: FLOP/s, and bytes read and written in a second."""
         n, size = self.a.shape[0], self.source.numel()
         gemm, copy = (statistics.median(seconds[name]) for name in ("gemm", "copy"))
         return {
@@ -197,12 +202,24 @@ class Roofs:
             "copy_bytes_per_s": 2 * size / copy,
             "copy_bytes": size,
             "copy_counts": "bytes read and bytes written",
+            **({} if self.fma is None else {"fma_flop_per_s": self.fma.flop / statistics.median(seconds["fma"])}),
         }
 
     def once(self) -> dict[str, Any]:
         """The rates, each of five samples in a row; the first run of each warms."""
         seconds = {name: [self.bench.once(run) for _ in range(6)][1:] for name, run in self.runs().items()}
         return self.rates(seconds)
+
+
+def fma_peak(measured_in: str | None) -> FmaPeak | None:
+    """None, with the reason on the terminal, where there is none to be had."""
+    if measured_in is None:
+        return None
+    try:
+        return FmaPeak(measured_in, torch.get_num_threads())
+    except NotImplementedError as error:
+        print(f"layer    no peak of multiply-adds: {error}", flush=True)
+        return None
 
 
 def buffers(bench: Bench) -> tuple[Tensor, Tensor]:
@@ -225,8 +242,8 @@ class Flush:
         if self.words is None:
             self.buffer.zero_()
         else:
-            # Read, so that no dirty lines are left to be written back within the time; and by one thread, so that none of
-            # torch's pool still spins on a core that csrc's threads want.
+            # Read, so that no dirty lines are left to be written back within the time; and by one thread, so that every entry
+            # finds the pool's threads asleep, and none of them at the end of the entry before.
             self.words.sum()
 
 
@@ -390,7 +407,7 @@ def shares(
     kvkern, its kernels and the roofs at least LEAST_TURNS times. Another whose first run took its share has that as its sample.
     """
     chosen, share = bench.options, bench.options.cell_seconds / len(runs)
-    needed = {"kvkern", "K0", "K1", "K2", "roof gemm", "roof copy"}
+    needed = {"kvkern", "K0", "K1", "K2", "roof gemm", "roof copy", "roof fma"}
     seconds: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
     for name, run in runs.items():
@@ -453,7 +470,7 @@ def measure(
         "gemm_share": cell.flop / ours / rates["gemm_flop_per_s"],
         "copy_share": moved / ours / rates["copy_bytes_per_s"],
         **{f"ratio_{name}": median / ours for name, median in medians.items()},
-        **alone(cell, medians, rates),
+        **alone(cell, medians, rates, isa(bench) if cpu else None),
         "spread": {name: spread(samples) for name, samples in seconds.items()},
         "seconds": seconds,
         "flop": cell.flop,
@@ -463,7 +480,7 @@ def measure(
     }
 
 
-def alone(cell: Cell, medians: dict[str, float], rates: dict[str, Any]) -> dict[str, float]:
+def alone(cell: Cell, medians: dict[str, float], rates: dict[str, Any], measured_in: str | None) -> dict[str, float]:
     """Columns of K1 and K2 alone, where they have a time; of K2 where it has a suffix."""
     found, size = {}, cell.geometry.token_bytes()
     if "K1" in medians:
@@ -475,6 +492,8 @@ def alone(cell: Cell, medians: dict[str, float], rates: dict[str, Any]) -> dict[
             "k1_gbs": size * cell.prefix / k1 / 1e9,
             "k1_copy_share": size * cell.prefix / k1 / rates["copy_bytes_per_s"],
         }
+        if "fma_flop_per_s" in rates and (cell.dtype == "float32" or measured_in != "avx512bf16"):
+            found["k1_fma_share"] = flop / k1 / rates["fma_flop_per_s"]
     if "K2" in medians and cell.suffix:
         k2, moved = medians["K2"], size * cell.agents * cell.suffix
         found |= {
@@ -536,13 +555,16 @@ def main() -> None:
     chosen.cell_seconds = chosen.cell_seconds or (8.0 if cpu else 30.0)
     bench.resume()
     torch.seed()
-    measured_in, pace = isa(bench), Pace(chosen.cell_seconds)
+    measured_in, pace, forced = isa(bench), Pace(chosen.cell_seconds), os.environ.get("KVKERN_ISA")
+    if measured_in is not None and forced and measured_in != forced:
+        raise SystemExit(f"KVKERN_ISA: found {measured_in} in use, needed {forced}\n  do: name one of `kvkern env`")
     if cpu:
         pace.take_up(bench.results)
 
     flush = functools.cache(lambda: Flush(bench))
     pair = functools.cache(lambda: buffers(bench))
-    roofs = functools.cache(lambda dtype: Roofs(bench, dtype, pair()))
+    peak = functools.cache(lambda: fma_peak(measured_in))
+    roofs = functools.cache(lambda dtype: Roofs(bench, dtype, pair(), peak()))
 
     @functools.cache
     def rates(dtype: str) -> dict[str, Any]:

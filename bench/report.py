@@ -1,7 +1,8 @@
 """Tables of the README, from the files under bench/results/. Nothing in them is written by hand.
 
-python bench/report.py            rewrites the part of README.md between the two marks
-python bench/report.py --check    exit 1 if that part is not what the files give
+python bench/report.py            rewrites the part of README.md between the two marks, and beside each layer.json of a CPU
+                                  layer.md, a row for every cell, and layer.svg, a figure
+python bench/report.py --check    exit 1 if one of them is not what the files give
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from plot import Curve, Panel, svg
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
@@ -26,6 +31,7 @@ PEERS = {
     "cpu": {
         "expanded_sdpa": "unshared sdpa",
         "flash_rows": "torch's flash over packed rows",
+        "torch_backend": "`torch` backend",
         "gemm": "the two GEMMs alone",
     },
 }
@@ -87,8 +93,13 @@ def prefix_table(path: Path) -> list[str]:
 
 
 def layer_table(path: Path) -> list[str]:
-    """One layer's step beside its peers, a row a cell; what has no time says so. A ratio below 1 is a row where we lose."""
+    """One layer's step beside its peers; what has no time says so. A ratio below 1 is a row where we lose."""
     file = json.loads(path.read_text())
+    return cpu_summary(path, file) if file["machine"]["device"] == "cpu" else gpu_layer_table(path, file)
+
+
+def gpu_layer_table(path: Path, file: dict[str, Any]) -> list[str]:
+    """A row a cell."""
     facts, peers = file["machine"], PEERS[file["machine"]["device"]]
     lines = [
         f"One layer's decode step, {facts.get('gpu') or facts['cpu']}, torch {facts['versions']['torch']}, triton "
@@ -129,6 +140,282 @@ def layer_table(path: Path) -> list[str]:
     return lines
 
 
+# -- a CPU's layer.json ------------------------------------------------------------------------------------------------
+
+
+class Aim(NamedTuple):
+    """What the kernels are to reach.
+
+    text     as the table says it
+    needed   the least value, None where it is told but not judged
+    value    of a row of the file, or None where the aim does not speak of that row
+    percent  whether a value is a share of a rate, else how many times as fast
+    """
+
+    text: str
+    needed: float | None
+    value: Callable[[dict[str, Any]], float | None]
+    percent: bool
+
+
+def aims(instruction_set: str, *, best: bool) -> list[Aim]:
+    """Of one instruction set; torch itself runs in the best one, so it is no measure of the others."""
+
+    def many(row: dict[str, Any], dtype: str | None = None, head_dim: int | None = None) -> bool:
+        return (
+            row["agents"] >= 64
+            and row["prefix"] >= 2048
+            and dtype in (None, row["dtype"])
+            and (head_dim is None or row["geometry"].endswith(f"x{head_dim}"))
+        )
+
+    def share(dtype: str, head_dim: int, field: str = "k1_gemm_share") -> Callable[[dict[str, Any]], float | None]:
+        return lambda row: row.get(field) if many(row, dtype, head_dim) else None
+
+    def k1_against(peer: str, dtype: str | None = None) -> Callable[[dict[str, Any]], float | None]:
+        """Rows without a suffix, where the peer does what K1 does."""
+
+        def value(row: dict[str, Any]) -> float | None:
+            samples, ours = row["seconds"].get(peer), row["seconds"].get("K1")
+            if row["suffix"] or not many(row, dtype) or not samples or not ours:
+                return None
+            return statistics.median(samples) / statistics.median(ours)
+
+        return value
+
+    def few(row: dict[str, Any]) -> float | None:
+        return row.get("k1_copy_share") if row["agents"] <= 4 and row["prefix"] == 32768 else None
+
+    def suffix(row: dict[str, Any]) -> float | None:
+        return row.get("k2_copy_share") if row["agents"] >= 64 and row["suffix"] >= 64 else None
+
+    crowd, pairs = "K1, 64 agents and more over 2,048 tokens and more", instruction_set == "avx512bf16"
+    bf16 = f"{crowd}, bf16"
+    return [
+        Aim(f"{crowd}, fp32, D = 128: of the GEMM rate", 0.9 if best else None, share("float32", 128), True),
+        Aim(f"{crowd}, fp32, D = 64: of the GEMM rate", None, share("float32", 64), True),
+        Aim(f"{bf16}, D = 128: of the GEMM rate", 0.7 if pairs else None, share("bfloat16", 128), True),
+        Aim(f"{bf16}, D = 64: of the GEMM rate", None, share("bfloat16", 64), True),
+        Aim(
+            f"{crowd}, fp32, D = 128: of the FMA peak",
+            0.85 if instruction_set == "avx2" else None,
+            share("float32", 128, "k1_fma_share"),
+            True,
+        ),
+        Aim(
+            "K1, the same, fp32: against torch's flash",
+            1.1 if best else None,
+            k1_against("flash_rows", "float32"),
+            False,
+        ),
+        Aim(
+            "K1, the same, bf16: against torch's flash",
+            2.0 if best else None,
+            k1_against("flash_rows", "bfloat16"),
+            False,
+        ),
+        Aim("K1, the same: against unshared sdpa", 8.0 if best else None, k1_against("expanded_sdpa"), False),
+        Aim("K1, 1 to 4 agents over 32,768 tokens: of the copy rate", 0.8, few, True),
+        Aim("K2, 64 agents and more, suffixes of 64 and more: of the copy rate", 0.75, suffix, True),
+    ]
+
+
+def instruction_sets(file: dict[str, Any]) -> list[str]:
+    """Those that have rows, the best first."""
+    found = {row["isa"] for row in csrc_rows(file)}
+    return [name for name in file["machine"]["instruction_sets"] if name in found]
+
+
+def csrc_rows(file: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in file["results"] if row["backend"] == "cpu" and row.get("isa")]
+
+
+def verdict(values: list[float], needed: float | None) -> str:
+    if not values:
+        return MISSING
+    if needed is None:
+        return "told, no aim"
+    met = sum(value >= needed for value in values)
+    return "met" if met == len(values) else "not met" if not met else f"met in {met} of {len(values)}"
+
+
+def ranged(values: list[float], *, percent: bool) -> str:
+    """Lowest to highest."""
+
+    def one(value: float) -> str:
+        return f"{100 * value:.0f} %" if percent else f"{value:.2f}x"
+
+    low, high = (one(pick(values)) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def aims_table(file: dict[str, Any]) -> list[str]:
+    """Aim, measured, met or not, for every instruction set that was measured."""
+    lines = ["| aim | instruction set | needed | measured | cells | |", "|---" * 6 + "|"]
+    for n, name in enumerate(instruction_sets(file)):
+        rows = [row for row in csrc_rows(file) if row["isa"] == name]
+        gains = [kept["gain"] for kept in file.get("threads_gain", ()) if kept["shape"]["isa"] == name]
+        found = [
+            (aim, [value for row in rows if (value := aim.value(row)) is not None]) for aim in aims(name, best=n == 0)
+        ]
+        threads = Aim("K1, 1 agent over 32,768 tokens: 2 threads against 1", 1.7, lambda row: None, False)
+        for aim, values in [*found, (threads, gains)]:
+            needed = "" if aim.needed is None else ranged([aim.needed], percent=aim.percent)
+            measured = ranged(values, percent=aim.percent) if values else MISSING
+            lines.append(
+                f"| {aim.text} | {name} | {needed} | {measured} | {len(values)} | {verdict(values, aim.needed)} |"
+            )
+    return lines
+
+
+def cpu_rows(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A table, a row a cell."""
+    peers = PEERS["cpu"]
+    lines = [
+        "| agents | prefix | suffix | heads | dtype | instructions | kvkern | GFLOP/s | of GEMM | of copy | K1 of GEMM | K1 of copy | "
+        "K2 of copy | " + " | ".join(peers.values()) + " |",
+        "|---" * (13 + len(peers)) + "|",
+    ]
+    for row in rows:
+        shares = [row.get(f) for f in ("gemm_share", "copy_share", "k1_gemm_share", "k1_copy_share", "k2_copy_share")]
+        ratios = [row.get(f"ratio_{name}") for name in peers]
+        cells = [
+            f"{row['agents']:,}",
+            f"{row['prefix']:,}",
+            f"{row['suffix']}",
+            row["geometry"],
+            row["dtype"],
+            row.get("isa") or row["backend"],
+            f"{row['ms']:.2f} ms ({100 * row['spread']['kvkern']:.0f} %)",
+            f"{row['gflops']:.0f}",
+            *("" if share is None else f"{100 * share:.0f} %" for share in shares),
+            *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+README_CELLS = (
+    (1, 32768, 0),
+    (1, 8192, 64),
+    (64, 2048, 0),
+    (64, 2048, 64),
+    (64, 8192, 0),
+    (1024, 2048, 0),
+    (64, 512, 512),
+)
+README_GEOMETRIES = ("32/8x128", "9/3x64")
+
+
+def in_readme(file: dict[str, Any]) -> list[dict[str, Any]]:
+    """A few rows of every kind, in the best instruction set."""
+    best = instruction_sets(file)[:1]
+    rows = [row for row in csrc_rows(file) if [row["isa"]] == best and row["geometry"] in README_GEOMETRIES]
+    wanted = {cell: n for n, cell in enumerate(README_CELLS)}
+    chosen = [row for row in rows if (row["agents"], row["prefix"], row["suffix"]) in wanted]
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        cell = wanted[row["agents"], row["prefix"], row["suffix"]]
+        return README_GEOMETRIES.index(row["geometry"]), row["dtype"] != "float32", cell
+
+    return sorted(chosen, key=order)
+
+
+def setting(file: dict[str, Any]) -> str:
+    facts = file["machine"]
+    return (
+        f"{facts['threads']} threads of {facts['cpu']} ({', '.join(facts['instruction_sets'])}), torch "
+        f"{facts['versions']['torch']}; medians of interleaved runs, in brackets the spread (largest less smallest "
+        "sample). Shares are of the rates of a matrix product of 2,048 cubed in the same dtype, of a copy, bytes read and "
+        "written, and of multiply-adds on registers alone (FMA), each in turns with the rest; ratios say how many times as "
+        "long the other takes."
+    )
+
+
+def cpu_summary(path: Path, file: dict[str, Any]) -> list[str]:
+    """The aims, the figure and a few rows; all of them are in layer.md."""
+    folder = path.parent.relative_to(ROOT)
+    untimed = len(file.get("failed", ())), len(file.get("not_begun", ()))
+    return [
+        f"One layer's decode step on a CPU, {setting(file)} A file of {len(file['results'])} cells: `{path.relative_to(ROOT)}`; each has a "
+        f"row in `{folder}/layer.md`, as have {untimed[0]} without a time, with the reason ({untimed[1]} more were not begun).",
+        "",
+        *aims_table(file),
+        "",
+        f"![GFLOP/s by agents over 2,048 tokens: kvkern beside torch's operators]({folder}/layer.svg)",
+        "",
+        *cpu_rows(in_readme(file)),
+    ]
+
+
+def cpu_page(file: dict[str, Any]) -> str:
+    """layer.md: every row, and why others have none."""
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["geometry"], row["dtype"], row.get("isa") or "", row["suffix"], row["prefix"], row["agents"]
+
+    lines = ["# One layer's decode step, every cell", "", setting(file), "", *aims_table(file), ""]
+    lines += cpu_rows(sorted(file["results"], key=order))
+    lines += ["", "## 1 agent over 32,768 tokens: K1 with 1 and with 2 threads", ""]
+    lines += ["| heads | dtype | instructions | 1 thread | 2 threads | gain |", "|---" * 6 + "|"]
+    for kept in file.get("threads_gain", ()):
+        shape, (one, two) = kept["shape"], (1e3 * statistics.median(samples) for samples in kept["seconds"].values())
+        heads = "{}/{}x{}".format(*shape["heads"])
+        lines.append(
+            f"| {heads} | {shape['dtype']} | {shape['isa']} | {one:.2f} ms | {two:.2f} ms | {kept['gain']:.2f}x |"
+        )
+    lines += ["", "## No time", ""]
+    for cell in file.get("failed", ()):
+        lines.append(f"- {shape_text(cell['shape'])}: {' '.join(cell['reason'].split())}")
+    lines += [f"- not begun: {name}" for name in file.get("not_begun", ())]
+    for row in file["results"]:
+        for name, why in row["reasons"].items():
+            if name in PEERS["cpu"]:
+                lines.append(f"- {shape_text(row['shape'])}, {PEERS['cpu'][name]}: {' '.join(why.split())}")
+    return "\n".join(lines) + "\n"
+
+
+def shape_text(shape: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in shape.items() if value is not None)
+
+
+def cpu_figure(file: dict[str, Any]) -> str:
+    """layer.svg: GFLOP/s by agents over 2,048 tokens without a suffix."""
+    sets = instruction_sets(file)
+    panels = []
+    for geometry in README_GEOMETRIES:
+        for dtype in ("float32", "bfloat16"):
+            rows = [
+                row
+                for row in csrc_rows(file)
+                if (row["geometry"], row["dtype"], row["prefix"], row["suffix"]) == (geometry, dtype, 2048, 0)
+            ]
+            panels.append(Panel(f"{geometry}, {dtype}", curves(rows, sets)))
+    return svg(panels, x_label="agents over one prefix of 2,048 tokens", y_label="GFLOP/s")
+
+
+def curves(rows: list[dict[str, Any]], sets: list[str]) -> list[Curve]:
+    def points(chosen: list[dict[str, Any]], entry: str) -> list[tuple[float, float]]:
+        return [
+            (row["agents"], row["flop"] / statistics.median(row["seconds"][entry]) / 1e9)
+            for row in chosen
+            if row["seconds"].get(entry)
+        ]
+
+    best = [row for row in rows if [row["isa"]] == sets[:1]]
+    roof = statistics.median([row["roofs"]["gemm_flop_per_s"] / 1e9 for row in best]) if best else 0.0
+    found = [Curve("matrix product, 2,048 cubed", "#777777", [(row["agents"], roof) for row in best], dashed=True)]
+    for n, name in enumerate(sets):
+        own = [row for row in rows if row["isa"] == name]
+        found.append(Curve(f"kvkern, {name}", ("#0072b2", "#56b4e9", "#000000", "#e69f00")[n], points(own, "kvkern")))
+    for entry, colour in (("flash_rows", "#d55e00"), ("expanded_sdpa", "#cc79a7"), ("torch_backend", "#009e73")):
+        found.append(Curve(PEERS["cpu"][entry].replace("`", ""), colour, points(best, entry)))
+    return found
+
+
+# -- all files ---------------------------------------------------------------------------------------------------------
+
+
 def gpu_table() -> list[str]:
     """What stands in place of a GPU's file."""
     return [
@@ -145,7 +432,7 @@ def gpu_table() -> list[str]:
 def tables() -> str:
     lines: list[str] = []
     on_gpu = False
-    for path in sorted((ROOT / "bench" / "results").glob("*/*.json")):
+    for path in result_files():
         make = {"demo": demo_table, "prefix": prefix_table, "layer": layer_table}.get(path.stem)
         if make is not None:
             lines += [*make(path), ""]
@@ -155,21 +442,36 @@ def tables() -> str:
     return "\n".join(lines).rstrip()
 
 
+def result_files() -> list[Path]:
+    return sorted((ROOT / "bench" / "results").glob("*/*.json"))
+
+
+def pages() -> dict[Path, str]:
+    """What stands beside the files of CPUs."""
+    found = {}
+    for path in result_files():
+        if path.stem == "layer" and (file := json.loads(path.read_text()))["machine"]["device"] == "cpu":
+            found[path.with_suffix(".md")] = cpu_page(file)
+            found[path.with_suffix(".svg")] = cpu_figure(file)
+    return found
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    new = f"{head}{BEGIN}\n{tables()}\n{END}{tail}"
+    made = {readme: f"{head}{BEGIN}\n{tables()}\n{END}{tail}"} | pages()
     if "--check" in sys.argv[1:]:
-        if new != text:
+        stale = [path for path, new in made.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
+        for path in stale:
             print(
-                "README.md: its results are not what bench/results/ gives\n  do: python bench/report.py",
+                f"{path.relative_to(ROOT)}: its results are not what bench/results/ gives\n  do: python bench/report.py",
                 file=sys.stderr,
             )
-            return 1
-        return 0
-    readme.write_text(new, encoding="utf-8")
+        return 1 if stale else 0
+    for path, new in made.items():
+        path.write_text(new, encoding="utf-8")
     return 0
 
 

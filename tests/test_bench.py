@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from kvkern import _C, native, qwen3
 from kvkern.kernels.oracle import attend_fp64
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-OWN = ("harness", "peers", "bench_layer", "bench_engine")
+OWN = ("harness", "peers", "bench_layer", "bench_engine", "plot", "report", "fma_peak")
 SHAPE = ["--tiny", "--heads", "4", "2", "64", "--dtype", "bfloat16", "--samples", "3", "--device", "cpu"]
 ENGINE = ["--tiny", "--samples", "3", "--device", "cpu"]
 
@@ -253,6 +254,38 @@ def test_roofs_of_a_cpu_are_those_of_the_cell_and_say_what_they_count(scripts: A
     assert roofs["copy_bytes_per_s"] == 2 * roofs["copy_bytes"] / copy
 
 
+def test_the_peak_of_multiply_adds_is_what_its_loop_does(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fma = scripts["fma_peak"]
+    runs_here = [name for name in _C.instruction_sets() if name in fma.LANES]
+    for name in runs_here:
+        lanes = fma.LANES[name]
+        # Sum i, three times halved and one added: i / 8 + 1.75.
+        assert fma.build(lanes, fma.FLAGS[name])(3, 0.5, 1.0) == lanes * sum(i / 8 + 1.75 for i in range(fma.SUMS))
+    with pytest.raises(NotImplementedError, match="no loop for portable"):
+        fma.FmaPeak("portable", 1)
+    monkeypatch.setenv("CXX", "no-such-compiler -x")
+    with pytest.raises(NotImplementedError, match="no-such-compiler is not in PATH"):
+        fma.FmaPeak("avx2", 1)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(NotImplementedError, match=r"^false:"):
+        fma.FmaPeak("avx2", 1)
+    assert scripts["bench_layer"].fma_peak("avx2") is None and scripts["bench_layer"].fma_peak(None) is None
+
+
+@pytest.mark.parametrize(("isa", "dtype", "told"), [("avx2", "bfloat16", True), ("avx512bf16", "bfloat16", False)])
+def test_a_share_of_the_peak_is_told_where_k1_multiplies_and_adds_in_fp32(
+    scripts: Any, isa: str, dtype: str, told: bool
+) -> None:
+    layer = scripts["bench_layer"]
+    rates = {"gemm_flop_per_s": 1e9, "copy_bytes_per_s": 1e9, "fma_flop_per_s": 4e9}
+    cell = layer.Cell((4, 2, 64), dtype, 3, 100, 0)
+    found = layer.alone(cell, {"K1": 1e-3}, rates, isa)
+    assert ("k1_fma_share" in found) == told
+    assert layer.alone(cell._replace(dtype="float32"), {"K1": 1e-3}, rates, isa)["k1_fma_share"] == pytest.approx(
+        4 * 3 * 4 * 64 * 100 / 1e-3 / 4e9
+    )
+
+
 def test_each_entry_has_its_share_of_a_cells_time_and_turns_are_mixed(scripts: Any) -> None:
     layer, order = scripts["bench_layer"], []
 
@@ -314,6 +347,7 @@ def test_rows_of_two_instruction_sets_stand_in_one_file(
     def names() -> list[str | None]:
         return [row["isa"] for row in Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers").results]
 
+    monkeypatch.delenv("KVKERN_ISA", raising=False)
     monkeypatch.setattr(native, "instruction_set", lambda: "first", raising=False)
     assert names() == ["first"]
     monkeypatch.setattr(native, "instruction_set", lambda: "second", raising=False)
@@ -321,6 +355,15 @@ def test_rows_of_two_instruction_sets_stand_in_one_file(
     monkeypatch.delattr(native, "instruction_set")
     assert names() == ["first", "second", _C.instruction_sets()[0]]
     assert Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers", "--backend", "torch").results[-1]["isa"] is None
+
+
+def test_control_an_instruction_set_that_does_not_take_is_not_measured_as_if_it_had(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVKERN_ISA", "avx2")
+    monkeypatch.setattr(native, "instruction_set", lambda: "portable", raising=False)
+    ran = Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers")
+    assert str(ran.refused).startswith("KVKERN_ISA: found portable in use, needed avx2") and ran.text is None
 
 
 def test_cells_that_were_not_begun_are_told_until_they_have_a_time(
@@ -385,6 +428,126 @@ def test_numbers_that_fill_a_pool_are_normal_and_repeat_at_no_page(
         tokens = pages.reshape(-1, pages.shape[-1])
         assert len(torch.unique(tokens, dim=0)) == len(tokens)
         assert abs(pages.mean()) < 0.05 and abs(pages.std() - 1) < 0.05
+
+
+# -- tables of a CPU's cells -----------------------------------------------------------------------------------------------
+
+
+def row(agents: int, prefix: int, suffix: int, dtype: str, isa: str, **columns: Any) -> dict[str, Any]:
+    """A cell as bench_layer.py keeps it, kvkern 10 ms a run and the flash operator 20."""
+    seconds = {"kvkern": [0.009, 0.010, 0.012], "K1": [0.008] * 3, "flash_rows": [0.02] * 3, "expanded_sdpa": [0.2]}
+    told = {"agents": agents, "prefix": prefix, "suffix": suffix, "dtype": dtype, "isa": isa, "backend": "cpu"}
+    shares = {"gemm_share": 0.5, "copy_share": 0.4, "k1_gemm_share": 0.93, "k1_copy_share": 0.8}
+    return {
+        **{"shape": told, "geometry": "32/8x128", **told, "ms": 10.0, "gflops": 100.0, "gbs": 1.0, **shares},
+        **{"ratio_flash_rows": 2.0, "spread": {"kvkern": 0.3}, "seconds": seconds, "flop": 1e9, "bytes": 1.0},
+        **{"reasons": {"torch_backend": "too long", "cudnn_rows": "for CUDA alone"}, **columns},
+        "roofs": {"gemm_flop_per_s": 2e11},
+    }
+
+
+def cpu_file() -> dict[str, Any]:
+    machine = {
+        **{"device": "cpu", "cpu": "A CPU", "threads": 2, "versions": {"torch": "9", "triton": "9"}},
+        "instruction_sets": ["avx512bf16", "avx512", "avx2", "portable"],
+    }
+    results = [
+        row(64, 2048, 0, "float32", "avx512bf16"),
+        row(256, 2048, 0, "float32", "avx512bf16", k1_gemm_share=0.85),
+        row(64, 2048, 0, "bfloat16", "avx512bf16", k1_gemm_share=0.71),
+        row(64, 2048, 0, "float32", "avx2", k1_gemm_share=0.4, k1_fma_share=0.9),
+        row(64, 512, 64, "float32", "avx512bf16", k2_copy_share=0.7),
+        row(1, 32768, 0, "float32", "avx512bf16", k1_copy_share=0.81),
+    ]
+    gain = {"shape": {"heads": [32, 8, 128], "dtype": "float32", "isa": "avx512bf16"}, "gain": 1.8}
+    return {
+        **{"bench": "layer", "machine": machine, "results": results, "not_begun": ["B=9 P=9 S=9"]},
+        "threads_gain": [gain | {"seconds": {"1": [0.018], "2": [0.01]}}],
+        "failed": [{"shape": {"B": 1024, "P": 32768, "S": 512}, "reason": "MemoryError: 9.0 GiB\nneeded"}],
+    }
+
+
+def cells_of(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+
+
+def test_an_aim_is_met_where_every_cell_meets_it(scripts: Any) -> None:
+    _, _, *found = cells_of(scripts["report"].aims_table(cpu_file()))
+    table = {(text, isa): rest for text, isa, *rest in found}
+    crowd = "K1, 64 agents and more over 2,048 tokens and more"
+    assert table[f"{crowd}, fp32, D = 128: of the GEMM rate", "avx512bf16"] == [
+        "90 %",
+        "85 % to 93 %",
+        "2",
+        "met in 1 of 2",
+    ]
+    assert table[f"{crowd}, bf16, D = 128: of the GEMM rate", "avx512bf16"] == ["70 %", "71 %", "1", "met"]
+    assert table[f"{crowd}, fp32, D = 64: of the GEMM rate", "avx512bf16"] == ["", "not measured", "0", "not measured"]
+    assert table["K1, the same, fp32: against torch's flash", "avx512bf16"] == ["1.10x", "2.50x", "2", "met"]
+    assert table["K1, the same: against unshared sdpa", "avx512bf16"] == ["8.00x", "25.00x", "3", "met"]
+    assert table["K1, 1 to 4 agents over 32,768 tokens: of the copy rate", "avx512bf16"] == ["80 %", "81 %", "1", "met"]
+    suffix = "K2, 64 agents and more, suffixes of 64 and more: of the copy rate"
+    assert table[suffix, "avx512bf16"] == ["75 %", "70 %", "1", "not met"]
+    assert table["K1, 1 agent over 32,768 tokens: 2 threads against 1", "avx512bf16"] == ["1.70x", "1.80x", "1", "met"]
+    # torch keeps to the best instructions, so it judges no other.
+    assert table[f"{crowd}, fp32, D = 128: of the GEMM rate", "avx2"] == ["", "40 %", "1", "told, no aim"]
+    assert table[f"{crowd}, fp32, D = 128: of the FMA peak", "avx2"] == ["85 %", "90 %", "1", "met"]
+    assert table[f"{crowd}, fp32, D = 128: of the FMA peak", "avx512bf16"] == ["", "not measured", "0", "not measured"]
+
+
+def test_every_cell_has_a_row_or_a_reason_and_the_readme_a_few(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, folder = scripts["report"], tmp_path / "bench" / "results" / "a-cpu"
+    folder.mkdir(parents=True)
+    (folder / "layer.json").write_text(json.dumps(cpu_file()))
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+
+    def run(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", *argv])
+        return report.main()
+
+    assert run("--check") == 1 and run() == 0 and run("--check") == 0
+    page, readme = (folder / "layer.md").read_text(), (tmp_path / "README.md").read_text()
+    timed = [cells for cells in cells_of(page.splitlines()) if "10.00 ms (30 %)" in cells]
+    assert len(timed) == 6 and ["1.80x"] in [cells[-1:] for cells in cells_of(page.splitlines())]
+    for told in (
+        "B=1024 P=32768 S=512: MemoryError: 9.0 GiB needed",
+        "not begun: B=9 P=9 S=9",
+        "`torch` backend: too long",
+    ):
+        assert f"{told}\n" in page, told
+    assert "CUDA" not in page and readme.startswith("before\n") and readme.endswith("after\n")
+    assert sum("10.00 ms (30 %)" in line for line in readme.splitlines()) == 3, (
+        "of the best instructions, of chosen cells"
+    )
+    assert "(bench/results/a-cpu/layer.svg)" in readme
+    for stale in ("layer.md", "layer.svg"):
+        kept = (folder / stale).read_text()
+        (folder / stale).write_text(kept + " ")
+        capsys.readouterr()
+        assert run("--check") == 1 and stale in capsys.readouterr().err
+        (folder / stale).write_text(kept)
+
+
+def test_a_figure_has_every_curve_and_is_well_formed(scripts: Any) -> None:
+    text = scripts["report"].cpu_figure(cpu_file())
+    tree = ElementTree.fromstring(text)
+    written = ["".join(node.itertext()) for node in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"32/8x128, float32", "kvkern, avx512bf16", "kvkern, avx2", "torch's flash over packed rows"} <= set(written)
+    assert "9/3x64, bfloat16: not measured" in written
+
+    plot = scripts["plot"]
+    curve = plot.Curve("<&>", "#000000", [(4, 50.0), (1, 100.0), (2, 0.0)])
+    drawn = plot.svg([plot.Panel("one", [curve])], x_label="x", y_label="y")
+    places = [
+        (float(node.get("cx")), float(node.get("cy")))
+        for node in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}circle")
+    ]
+    (x1, y1), (x2, y2), (x4, y4) = places
+    assert x2 - x1 == pytest.approx(x4 - x2, abs=0.2) and y2 - y4 == pytest.approx(y4 - y1, abs=0.2)
+    assert (y1, y2) == (plot.TOP, plot.HEIGHT - plot.BOTTOM), "the largest at the top, 0 at the bottom"
 
 
 class FakeFlashInfer(ModuleType):
