@@ -7,8 +7,9 @@
 // dimensions 2i and 2i + 1, of keys 2i and 2i + 1 of a tile.
 //
 // Of a group of rows, in vectors of NV * lanes: q and o [head_dim][rows], scores [keys][rows]; in Pairs half as many of q and of
-// weights. Keys are read where they lie and broadcast, 32 bits at a time. Values are packed once for all rows of a unit,
-// [head_dim / 8][keys][8]: where they lie, a block of dimensions is one line in many, and those displace each other.
+// weights. Keys are read where they lie and broadcast, 32 bits at a time. So are values in fp32 for few rows, which take a line of
+// them as a whole. For more rows they are packed first, [head_dim / 8][keys][8]: a block of dimensions would be part of a line
+// in many, and those displace each other before the next part is read.
 //
 // While keys are multiplied their values are fetched, and while values are weighed the next tile's keys: as many bytes as are read.
 //
@@ -27,6 +28,8 @@ constexpr int MAX_VECS = 3;
 constexpr std::int64_t GROUP_ROWS = MAX_VECS * LANES;
 constexpr int UNIT_GROUPS = static_cast<int>(288 / GROUP_ROWS);
 constexpr int DIM_BLOCK = 8;
+// Between two packed blocks a line is left: 4,096 bytes apart they would displace each other too.
+constexpr std::int64_t GAP = 16;
 
 // -- products ----------------------------------------------------------------------------------------------------------
 
@@ -64,20 +67,19 @@ inline bool in_pairs(Dtype dtype) { return Pair::DEPTH == 2 && dtype == BF16; }
 
 // -- a tile of keys against a group of rows ----------------------------------------------------------------------------
 
-struct Run {  // keys that lie stride bytes apart
+struct Run {  // keys or values that lie stride bytes apart
     const char* data;
     std::int64_t stride;
     int keys;
 };
 
 struct Tile {
-    Run k[SUFFIX_KEYS];
-    int runs, keys;
-    const char* behind[SUFFIX_KEYS];  // of each run of keys the memory to be fetched beside it: its values
-    const char* next;                 // and beside the values: the next keys, so many bytes of them, or 0
+    Run k[SUFFIX_KEYS], v[SUFFIX_KEYS];
+    int k_runs, v_runs, keys;
+    std::int64_t block;               // floats between two blocks of dimensions of a value
+    const char* behind[SUFFIX_KEYS];  // memory to be fetched while a run of keys is multiplied,
+    const char* next;                 // and while values are weighed, so many bytes or none
     std::int64_t next_size;
-    float* v;  // packed; a block of dimensions is `room` keys long
-    std::int64_t room;
 };
 
 struct Lanes {  // a state in lanes: m, l [rows], o [head_dim][rows]
@@ -131,7 +133,7 @@ APART void score_block(const float* q, std::int64_t depth, const char* k, std::i
         for (int j = 0; j < NV; ++j) sum[key][j] = V{};
 
     for (std::int64_t i = 0; i < depth; ++i) {
-        __builtin_prefetch(behind + 4 * KEYS * i);
+        __builtin_prefetch(behind + 4 * KEYS * i, 0, 2);
         V row[NV];
 #pragma GCC unroll 3
         for (int j = 0; j < NV; ++j) row[j] = at<V>(q + i * ROWS + j * lanes<V>);
@@ -159,11 +161,11 @@ inline void score_run(const float* q, std::int64_t depth, const Run& k, const ch
     if constexpr (KEYS > 1) score_run<V, NV, E, KEYS / 2>(q, depth, k, behind, first, scale, s);
 }
 
-// o += v^T p over links [0, links): keys, or pairs of them.
+// o += v^T p over links [0, links) of a run: keys, or pairs of them.
 template <class V, int NV, class E>
-APART void weigh(const float* p, int links, const Tile& tile, std::int64_t head_dim, float* o) {
+APART void weigh(const float* p, int links, const Run& v, const Tile& tile, std::int64_t head_dim, float* o) {
     constexpr int ROWS = NV * lanes<V>, DIMS = block_of(NV);
-    const std::int64_t room = tile.room;
+    const std::int64_t block = tile.block * 4, stride = v.stride;
     for (std::int64_t d = 0; d < head_dim; d += DIMS) {
         V sum[DIMS][NV];
 #pragma GCC unroll 16
@@ -171,17 +173,16 @@ APART void weigh(const float* p, int links, const Tile& tile, std::int64_t head_
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) sum[i][j] = at<V>(o + (d + i) * ROWS + j * lanes<V>);
 
-        const float* value = tile.v + d / DIM_BLOCK * room * DIM_BLOCK + d % DIM_BLOCK;
+        const char* value = v.data + d / DIM_BLOCK * block + d % DIM_BLOCK * 4;
         std::int64_t next = 4 * d * links;
-        for (int link = 0; link < links; ++link, value += DIM_BLOCK, next += 4 * DIMS) {
+        for (int link = 0; link < links; ++link, value += stride, next += 4 * DIMS) {
             __builtin_prefetch(tile.next + min(next, tile.next_size), 0, 2);
             V row[NV];
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) row[j] = at<V>(p + link * ROWS + j * lanes<V>);
 #pragma GCC unroll 16
             for (int i = 0; i < DIMS; ++i) {
-                const V x = broadcast<V>(
-                    reinterpret_cast<const char*>(value + i / DIM_BLOCK * room * DIM_BLOCK + i % DIM_BLOCK));
+                const V x = broadcast<V>(value + i / DIM_BLOCK * block + i % DIM_BLOCK * 4);
 #pragma GCC unroll 3
                 for (int j = 0; j < NV; ++j) sum[i][j] = E::mul(x, row[j], sum[i][j]);
             }
@@ -197,10 +198,10 @@ APART void weigh(const float* p, int links, const Tile& tile, std::int64_t head_
 // The same for a link that not every row sees, or sees the first key of. A row that does not see a key is left as it is,
 // whatever the value: 0 * NaN is NaN.
 template <class V, int NV, class E>
-APART void weigh_seen(const float* p, const float* v, std::int64_t room, std::int64_t head_dim, const Int<V>* seen, float* o) {
+APART void weigh_seen(const float* p, const char* v, std::int64_t block, std::int64_t head_dim, const Int<V>* seen, float* o) {
     constexpr int ROWS = NV * lanes<V>;
     for (std::int64_t d = 0; d < head_dim; ++d) {
-        const V x = broadcast<V>(reinterpret_cast<const char*>(v + d / DIM_BLOCK * room * DIM_BLOCK + d % DIM_BLOCK));
+        const V x = broadcast<V>(v + (d / DIM_BLOCK * block + d % DIM_BLOCK) * 4);
         const V first = E::DEPTH == 1 ? x : (V)((Int<V>)x & 0xffff);
 #pragma GCC unroll 3
         for (int j = 0; j < NV; ++j) {
@@ -273,18 +274,18 @@ APART void soften(float* s, int keys, float* m_ptr, float* l_ptr, V* alpha) {
 }
 
 // The group's state goes on over a tile. seen: keys of the tile that every row sees; lengths [rows]: keys that each sees.
-template <class E, class Pack>
+// values() makes the tile's values ready, once its keys have been multiplied.
+template <class E, class Values>
 void step(const Tile& tile, std::int64_t head_dim, const Group& group, float scale, int seen, const std::int32_t* lengths,
-          float* s, const Pack& pack_values) {
+          float* s, const Values& values) {
     by_form(group, [&](auto form) {
         using V = typename decltype(form)::Vector;
         constexpr int NV = decltype(form)::NV, ROWS = NV * lanes<V>;
         int first = 0;
-        for (int run = 0; run < tile.runs; first += tile.k[run++].keys)
+        for (int run = 0; run < tile.k_runs; first += tile.k[run++].keys)
             score_run<V, NV, E, block_of(NV)>(group.q, head_dim / E::DEPTH, tile.k[run], tile.behind[run], 0, scale,
                                               s + first * ROWS);
-        pack_values();
-
+        values();
         Int<V> length[NV] = {};
         for (int key = seen; key < tile.keys; ++key)
 #pragma GCC unroll 3
@@ -297,38 +298,50 @@ void step(const Tile& tile, std::int64_t head_dim, const Group& group, float sca
         V alpha[NV];
         soften<V, NV, E>(s, tile.keys, group.state.m, group.state.l, alpha);
         rescale<V, NV>(group.state.o, head_dim, alpha);
-        const int links = (tile.keys + E::DEPTH - 1) / E::DEPTH, whole = seen == tile.keys ? links : seen / E::DEPTH;
-        weigh<V, NV, E>(s, whole, tile, head_dim, group.state.o);
-        for (int link = whole; link < links; ++link) {
-            Int<V> sees[NV];
+        first = 0;
+        for (int run = 0; run < tile.v_runs; first += tile.v[run++].keys) {
+            const Run& v = tile.v[run];
+            const int links = (v.keys + E::DEPTH - 1) / E::DEPTH;
+            const int whole = seen == tile.keys ? links : static_cast<int>(min(seen > first ? (seen - first) / E::DEPTH : 0, links));
+            const float* p = s + first / E::DEPTH * ROWS;
+            weigh<V, NV, E>(p, whole, v, tile, head_dim, group.state.o);
+            for (int link = whole; link < links; ++link) {
+                Int<V> sees[NV];
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) sees[j] = length[j] - link * E::DEPTH;
-            weigh_seen<V, NV, E>(s + link * ROWS, tile.v + link * DIM_BLOCK, tile.room, head_dim, sees, group.state.o);
+                for (int j = 0; j < NV; ++j) sees[j] = length[j] - (first + link * E::DEPTH);
+                weigh_seen<V, NV, E>(p + link * ROWS, v.data + link * v.stride, tile.block, head_dim, sees, group.state.o);
+            }
         }
     });
 }
 
-// Values of the keys at row(0) to row(keys - 1), as `weigh` reads them.
+// Values of the keys at row(0) to row(tile.keys - 1), packed.
 template <class E, class Row>
-inline void pack(Dtype dtype, const Row& row, int keys, std::int64_t head_dim, float* to, std::int64_t room) {
-    if constexpr (E::DEPTH == 1) {
-        const std::int64_t size = size_of(dtype);
-        for (int key = 0; key < keys; ++key) {
-            const char* from = row(key);
+inline void pack(Dtype dtype, const Row& row, std::int64_t head_dim, float* to, Tile& tile) {
+    const int links = (tile.keys + E::DEPTH - 1) / E::DEPTH;
+    tile.block = links * DIM_BLOCK + GAP;
+    tile.v_runs = 1;
+    tile.v[0] = Run{reinterpret_cast<const char*>(to), 4 * DIM_BLOCK, tile.keys};
+    for (int link = 0; link < links; ++link, to += DIM_BLOCK) {
+        const char* from = row(link * E::DEPTH);
+        if constexpr (E::DEPTH == 1) {
+            const std::int64_t size = size_of(dtype);
             for (std::int64_t d = 0; d < head_dim; d += DIM_BLOCK)
-                widen(dtype, from + d * size, to + d * room + key * DIM_BLOCK, DIM_BLOCK);
-        }
-    } else {
-        typedef std::uint16_t Shorts __attribute__((vector_size(16)));
-        typedef std::uint32_t Words __attribute__((vector_size(32), may_alias));
-        for (int key = 0; key < keys; key += 2)
-            for (std::int64_t d = 0; d < head_dim; d += DIM_BLOCK) {
-                Shorts low, high = {};
-                __builtin_memcpy(&low, row(key) + 2 * d, sizeof low);
-                if (key + 1 < keys) __builtin_memcpy(&high, row(key + 1) + 2 * d, sizeof high);
-                *reinterpret_cast<Words*>(to + d * room + key / 2 * DIM_BLOCK) =
-                    __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+                widen(dtype, from + d * size, to + d / DIM_BLOCK * tile.block, DIM_BLOCK);
+        } else {
+            const char* second = link * 2 + 1 < tile.keys ? row(link * 2 + 1) : nullptr;
+            for (std::int64_t d = 0; d < head_dim; d += 2 * DIM_BLOCK) {
+                typedef std::uint16_t Elements __attribute__((vector_size(4 * DIM_BLOCK)));
+                Elements first, other = {};
+                __builtin_memcpy(&first, from + 2 * d, sizeof first);
+                if (second != nullptr) __builtin_memcpy(&other, second + 2 * d, sizeof other);
+                const auto pairs = __builtin_shufflevector(first, other, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                                           24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                float* block = to + d / DIM_BLOCK * tile.block;
+                __builtin_memcpy(block, &pairs, sizeof pairs / 2);
+                __builtin_memcpy(block + tile.block, reinterpret_cast<const char*>(&pairs) + sizeof pairs / 2, sizeof pairs / 2);
             }
+        }
     }
 }
 
@@ -405,6 +418,8 @@ void load_queries(const Queries& q, std::int64_t head, const Group& group, float
 
 // -- memory ------------------------------------------------------------------------------------------------------------
 
+inline std::int64_t packed_floats(int keys, std::int64_t head_dim) { return head_dim / DIM_BLOCK * (keys * DIM_BLOCK + GAP); }
+
 inline std::int64_t group_floats(std::int64_t head_dim) { return GROUP_ROWS * (3 * head_dim + 4); }
 
 // Memory of a thread in the order it is taken. Every size is a multiple of LANES, so every part is aligned.
@@ -449,7 +464,7 @@ inline void swap(Lanes& a, Lanes& b) {
 
 std::int64_t prefix_scratch(const PrefixCall& call) {
     const std::int64_t d = call.q.head_dim;
-    return UNIT_GROUPS * group_floats(d) + GROUP_ROWS * PREFIX_KEYS + 2 * PREFIX_KEYS * d + d;
+    return UNIT_GROUPS * group_floats(d) + GROUP_ROWS * PREFIX_KEYS + PREFIX_KEYS * d + packed_floats(PREFIX_KEYS, d) + d;
 }
 
 template <class E>
@@ -466,15 +481,16 @@ void prefix_of(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
     float* k_wide = memory.take(PREFIX_KEYS * d);
     float* line = memory.take(d);
     Tile tile;
-    tile.runs = 1;
-    tile.v = memory.take(PREFIX_KEYS * d);
-    tile.room = PREFIX_KEYS / E::DEPTH;
+    tile.k_runs = 1;
+    float* packed = memory.take(packed_floats(PREFIX_KEYS, d));
     Group groups[UNIT_GROUPS];
     int count = 0;
     for (std::int64_t first = unit.first; first < unit.last; first += GROUP_ROWS) {
         groups[count] = memory.group(d, first, unit.last);
         load_queries<E>(q, unit.head, groups[count++], line);
     }
+
+    const bool in_place = E::DEPTH == 1 && !widened && count == 1 && groups[0].vecs == 1;
 
     for (std::int64_t seg = unit.seg_begin; seg < unit.seg_end; ++seg) {
         for (int g = 0; g < count; ++g) start(groups[g].state, groups[g].rows, d);
@@ -489,8 +505,13 @@ void prefix_of(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
             tile.next_size = first + PREFIX_KEYS < end ? PREFIX_KEYS * line_bytes : 0;
             for (int g = 0; g < count; ++g) {
                 step<E>(tile, d, groups[g], q.scale, tile.keys, nullptr, s, [&] {
-                    if (g == 0)
-                        pack<E>(q.dtype, [&](int key) { return v + key * line_bytes; }, tile.keys, d, tile.v, tile.room);
+                    if (in_place) {
+                        tile.v_runs = 1;
+                        tile.block = DIM_BLOCK;
+                        tile.v[0] = Run{v, line_bytes, tile.keys};
+                    } else if (g == 0) {
+                        pack<E>(q.dtype, [&](int key) { return v + key * line_bytes; }, d, packed, tile);
+                    }
                 });
                 tile.behind[0] = k;
                 tile.next_size = 0;
@@ -522,7 +543,8 @@ void prefix(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
 
 std::int64_t suffix_scratch(const SuffixCall& call) {
     const std::int64_t d = call.q.head_dim;
-    return 2 * group_floats(d) + GROUP_ROWS * SUFFIX_KEYS + 2 * SUFFIX_KEYS * d + d + 2 * GROUP_ROWS;
+    return 2 * group_floats(d) + GROUP_ROWS * SUFFIX_KEYS + SUFFIX_KEYS * d + packed_floats(SUFFIX_KEYS, d) + d +
+           2 * GROUP_ROWS;
 }
 
 // Within a node over its segments, then along the path over its nodes, the first one as it is. -> group.state
@@ -563,20 +585,20 @@ void gather(const Pages& pages, std::int64_t first, int keys, float* k_wide, Til
     const std::int64_t d = call.q.head_dim;
     const bool widened = E::DEPTH == 1 && call.q.dtype != FP32;
     tile.keys = keys;
-    tile.runs = 0;
+    tile.k_runs = 0;
     for (int done = 0; done < keys;) {
         const std::int64_t token = first + done;
         const int run = static_cast<int>(min(call.page_tokens - token % call.page_tokens, keys - done));
         const char* k = pages.row(call.k, token);
-        tile.behind[tile.runs] = pages.row(call.v, token);
+        tile.behind[tile.k_runs] = pages.row(call.v, token);
         if (!widened)
-            tile.k[tile.runs++] = Run{k, call.k.stride_token, run};
+            tile.k[tile.k_runs++] = Run{k, call.k.stride_token, run};
         else
             for (int i = 0; i < run; ++i)
                 widen(call.q.dtype, k + i * call.k.stride_token, k_wide + (done + i) * d, d);
         done += run;
     }
-    if (widened) tile.k[tile.runs++] = Run{reinterpret_cast<const char*>(k_wide), 4 * d, keys};
+    if (widened) tile.k[tile.k_runs++] = Run{reinterpret_cast<const char*>(k_wide), 4 * d, keys};
 }
 
 // o = acc / l and lse = ln(2^m l); 0 and -inf where no key was seen.
@@ -608,10 +630,10 @@ void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head
         float* k_wide = memory.take(SUFFIX_KEYS * d);
         float* line = memory.take(d);
         Tile tile;
-        tile.v = memory.take(SUFFIX_KEYS * d);
-        tile.room = SUFFIX_KEYS / E::DEPTH;
+        float* packed = memory.take(packed_floats(SUFFIX_KEYS, d));
         Group group = memory.group(d, first, last);
         const Lanes next = memory.state(d);
+        const bool in_place = E::DEPTH == 1 && q.dtype == FP32 && group.vecs == 1;
         load_queries<E>(q, head, group, line);
 
         // Lanes without a row see what the first one sees.
@@ -641,7 +663,14 @@ void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head
                 tile.next = pages.row(call.k, coming > 0 ? begin + SUFFIX_KEYS : begin);
                 tile.next_size = coming > 0 ? min(coming, call.page_tokens) * call.k.stride_token : 0;
                 step<E>(tile, d, group, q.scale, static_cast<int>(min(seen, tile.keys)), ahead, s, [&] {
-                    pack<E>(q.dtype, [&](int key) { return pages.row(call.v, begin + key); }, tile.keys, d, tile.v, tile.room);
+                    if (in_place) {
+                        tile.v_runs = tile.k_runs;
+                        tile.block = DIM_BLOCK;
+                        for (int run = 0; run < tile.v_runs; ++run)
+                            tile.v[run] = Run{tile.behind[run], call.v.stride_token, tile.k[run].keys};
+                    } else {
+                        pack<E>(q.dtype, [&](int key) { return pages.row(call.v, begin + key); }, d, packed, tile);
+                    }
                 });
             }
             if (segment == 0)

@@ -147,7 +147,7 @@ inline float widen_half(std::uint16_t h) {
     return float_of(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
 }
 
-inline void widen(Dtype dtype, const char* from, float* to, std::int64_t count) {
+__attribute__((always_inline)) inline void widen(Dtype dtype, const char* from, float* to, std::int64_t count) {
     if (dtype == FP32) {
         __builtin_memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
         return;
