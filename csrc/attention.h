@@ -63,6 +63,11 @@ struct SuffixTile {
     std::int32_t slot, row_begin, row_end, path;
 };
 
+struct SuffixUnit {
+    const SuffixTile* tile;
+    std::int64_t head_begin, head_end;
+};
+
 struct SuffixCall {
     Queries q;
     TokenPages k, v;
@@ -93,7 +98,7 @@ struct Kernels {
     std::int64_t (*prefix_scratch)(const PrefixCall&);
     std::int64_t (*suffix_scratch)(const SuffixCall&);
     void (*prefix)(const PrefixCall&, const PrefixUnit&, float* scratch);
-    void (*suffix)(const SuffixCall&, const SuffixTile&, std::int64_t head, float* scratch);
+    void (*suffix)(const SuffixCall&, const SuffixUnit&, float* scratch);
     void (*fold)(const FoldCall&);
     void (*exp2)(const float* x, float* y, std::int64_t count);
 };

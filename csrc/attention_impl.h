@@ -78,8 +78,8 @@ struct Tile {
     int k_runs, v_runs, keys;
     std::int64_t block;               // floats between two blocks of dimensions of a value
     const char* behind[SUFFIX_KEYS];  // memory to be fetched while a run of keys is multiplied,
-    const char* next;                 // and while values are weighed, so many bytes or none
-    std::int64_t next_size;
+    const char* next[SUFFIX_KEYS];    // and while a run of values is weighed, so many bytes of it or none
+    std::int64_t next_size[SUFFIX_KEYS];
 };
 
 struct Lanes {  // a state in lanes: m, l [rows], o [head_dim][rows]
@@ -163,9 +163,10 @@ inline void score_run(const float* q, std::int64_t depth, const Run& k, const ch
 
 // o += v^T p over links [0, links) of a run: keys, or pairs of them.
 template <class V, int NV, class E>
-APART void weigh(const float* p, int links, const Run& v, const Tile& tile, std::int64_t head_dim, float* o) {
+APART void weigh(const float* p, int links, const Run& v, std::int64_t block, const char* next, std::int64_t next_size,
+                 std::int64_t head_dim, float* o) {
     constexpr int ROWS = NV * lanes<V>, DIMS = block_of(NV);
-    const std::int64_t block = tile.block * 4, stride = v.stride;
+    const std::int64_t stride = v.stride;
     for (std::int64_t d = 0; d < head_dim; d += DIMS) {
         V sum[DIMS][NV];
 #pragma GCC unroll 16
@@ -173,16 +174,16 @@ APART void weigh(const float* p, int links, const Run& v, const Tile& tile, std:
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) sum[i][j] = at<V>(o + (d + i) * ROWS + j * lanes<V>);
 
-        const char* value = v.data + d / DIM_BLOCK * block + d % DIM_BLOCK * 4;
-        std::int64_t next = 4 * d * links;
-        for (int link = 0; link < links; ++link, value += stride, next += 4 * DIMS) {
-            __builtin_prefetch(tile.next + min(next, tile.next_size), 0, 2);
+        const char* value = v.data + (d / DIM_BLOCK * block + d % DIM_BLOCK) * 4;
+        std::int64_t fetched = 4 * d * links;
+        for (int link = 0; link < links; ++link, value += stride, fetched += 4 * DIMS) {
+            __builtin_prefetch(next + min(fetched, next_size), 0, 2);
             V row[NV];
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) row[j] = at<V>(p + link * ROWS + j * lanes<V>);
 #pragma GCC unroll 16
             for (int i = 0; i < DIMS; ++i) {
-                const V x = broadcast<V>(value + i / DIM_BLOCK * block + i % DIM_BLOCK * 4);
+                const V x = broadcast<V>(value + (i / DIM_BLOCK * block + i % DIM_BLOCK) * 4);
 #pragma GCC unroll 3
                 for (int j = 0; j < NV; ++j) sum[i][j] = E::mul(x, row[j], sum[i][j]);
             }
@@ -304,7 +305,7 @@ void step(const Tile& tile, std::int64_t head_dim, const Group& group, float sca
             const int links = (v.keys + E::DEPTH - 1) / E::DEPTH;
             const int whole = seen == tile.keys ? links : static_cast<int>(min(seen > first ? (seen - first) / E::DEPTH : 0, links));
             const float* p = s + first / E::DEPTH * ROWS;
-            weigh<V, NV, E>(p, whole, v, tile, head_dim, group.state.o);
+            weigh<V, NV, E>(p, whole, v, tile.block, tile.next[run], tile.next_size[run], head_dim, group.state.o);
             for (int link = whole; link < links; ++link) {
                 Int<V> sees[NV];
 #pragma GCC unroll 3
@@ -315,13 +316,16 @@ void step(const Tile& tile, std::int64_t head_dim, const Group& group, float sca
     });
 }
 
-// Values of the keys at row(0) to row(tile.keys - 1), packed.
+// Values of the keys at row(0) to row(tile.keys - 1), packed, in runs of `run` keys.
 template <class E, class Row>
-inline void pack(Dtype dtype, const Row& row, std::int64_t head_dim, float* to, Tile& tile) {
+inline void pack(Dtype dtype, const Row& row, int run, std::int64_t head_dim, float* to, Tile& tile) {
     const int links = (tile.keys + E::DEPTH - 1) / E::DEPTH;
+    if (run % E::DEPTH != 0) run = tile.keys;
     tile.block = links * DIM_BLOCK + GAP;
-    tile.v_runs = 1;
-    tile.v[0] = Run{reinterpret_cast<const char*>(to), 4 * DIM_BLOCK, tile.keys};
+    tile.v_runs = 0;
+    for (int first = 0; first < tile.keys; first += run)
+        tile.v[tile.v_runs++] = Run{reinterpret_cast<const char*>(to + first / E::DEPTH * DIM_BLOCK), 4 * DIM_BLOCK,
+                                    static_cast<int>(min(run, tile.keys - first))};
     for (int link = 0; link < links; ++link, to += DIM_BLOCK) {
         const char* from = row(link * E::DEPTH);
         if constexpr (E::DEPTH == 1) {
@@ -501,8 +505,8 @@ void prefix_of(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
             if (widened) widen(q.dtype, k, k_wide, tile.keys * d);
             tile.k[0] = widened ? Run{reinterpret_cast<const char*>(k_wide), 4 * d, tile.keys} : Run{k, line_bytes, tile.keys};
             tile.behind[0] = v;
-            tile.next = k + PREFIX_KEYS * line_bytes;
-            tile.next_size = first + PREFIX_KEYS < end ? PREFIX_KEYS * line_bytes : 0;
+            tile.next[0] = k + PREFIX_KEYS * line_bytes;
+            tile.next_size[0] = first + PREFIX_KEYS < end ? PREFIX_KEYS * line_bytes : 0;
             for (int g = 0; g < count; ++g) {
                 step<E>(tile, d, groups[g], q.scale, tile.keys, nullptr, s, [&] {
                     if (in_place) {
@@ -510,11 +514,11 @@ void prefix_of(const PrefixCall& call, const PrefixUnit& unit, float* scratch) {
                         tile.block = DIM_BLOCK;
                         tile.v[0] = Run{v, line_bytes, tile.keys};
                     } else if (g == 0) {
-                        pack<E>(q.dtype, [&](int key) { return v + key * line_bytes; }, d, packed, tile);
+                        pack<E>(q.dtype, [&](int key) { return v + key * line_bytes; }, tile.keys, d, packed, tile);
                     }
                 });
                 tile.behind[0] = k;
-                tile.next_size = 0;
+                tile.next_size[0] = 0;
             }
         }
 
@@ -617,11 +621,29 @@ void finish(const SuffixCall& call, const Group& group, std::int64_t head, float
     }
 }
 
+// What is to be fetched beside the values of a tile: the keys of [first, first + keys), run for run.
+void coming(const Pages& pages, std::int64_t first, std::int64_t keys, Tile& tile) {
+    const SuffixCall& call = pages.call;
+    for (int run = 0; run < SUFFIX_KEYS; ++run) {
+        tile.next[run] = tile.k[0].data;
+        tile.next_size[run] = 0;
+    }
+    int run = 0;
+    for (std::int64_t token = first; token < first + keys; ++run) {
+        const std::int64_t page_end = (token / call.page_tokens + 1) * call.page_tokens, end = min(page_end, first + keys);
+        tile.next[run] = pages.row(call.k, token);
+        tile.next_size[run] = (end - token) * call.k.stride_token;
+        token = end;
+    }
+}
+
 template <class E>
-void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head, float* scratch) {
+void suffix_of(const SuffixCall& call, const SuffixUnit& unit, std::int64_t head, float* scratch) {
     const Queries& q = call.q;
+    const SuffixTile& rows = *unit.tile;
     const std::int64_t d = q.head_dim, last = rows.row_end * q.group;
-    const Pages pages{call, call.page_table + rows.slot * call.table_stride, head};
+    const std::int32_t* table = call.page_table + rows.slot * call.table_stride;
+    const Pages pages{call, table, head}, next_head{call, table, head + 1};
     for (std::int64_t first = rows.row_begin * q.group; first < last; first += GROUP_ROWS) {
         Memory memory{scratch};
         float* s = memory.take(GROUP_ROWS * SUFFIX_KEYS);
@@ -629,8 +651,8 @@ void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head
         auto* ahead = reinterpret_cast<std::int32_t*>(memory.take(GROUP_ROWS));
         float* k_wide = memory.take(SUFFIX_KEYS * d);
         float* line = memory.take(d);
-        Tile tile;
         float* packed = memory.take(packed_floats(SUFFIX_KEYS, d));
+        Tile tile;
         Group group = memory.group(d, first, last);
         const Lanes next = memory.state(d);
         const bool in_place = E::DEPTH == 1 && q.dtype == FP32 && group.vecs == 1;
@@ -645,6 +667,10 @@ void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head
             shortest = min(shortest, lengths[i]);
             longest = lengths[i] > longest ? lengths[i] : longest;
         }
+        // No processor foresees the first page.
+        if (longest > 0 && head == unit.head_begin)
+            for (std::int64_t i = 0; i < min(longest, call.page_tokens) * call.k.stride_token; i += 64)
+                __builtin_prefetch(pages.row(call.k, 0) + i);
 
         path_state(call, group, call.path_table + rows.path * call.in.slots, head, next);
         swap(group.state, group.total);
@@ -657,19 +683,21 @@ void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head
             const std::int64_t end = min(segment + call.segment, longest);
             for (std::int64_t begin = segment; begin < end; begin += SUFFIX_KEYS) {
                 gather<E>(pages, begin, static_cast<int>(min(SUFFIX_KEYS, end - begin)), k_wide, tile);
+                if (begin + SUFFIX_KEYS < longest)
+                    coming(pages, begin + SUFFIX_KEYS, min(SUFFIX_KEYS, longest - begin - SUFFIX_KEYS), tile);
+                else
+                    coming(next_head, 0, head + 1 < unit.head_end ? min(SUFFIX_KEYS, longest) : 0, tile);
                 for (std::int64_t i = 0; i < group.rows; ++i) ahead[i] = lengths[i] - static_cast<std::int32_t>(begin);
                 const std::int64_t seen = shortest - begin < 0 ? 0 : shortest - begin;
-                const std::int64_t coming = min(SUFFIX_KEYS, end - begin - SUFFIX_KEYS);
-                tile.next = pages.row(call.k, coming > 0 ? begin + SUFFIX_KEYS : begin);
-                tile.next_size = coming > 0 ? min(coming, call.page_tokens) * call.k.stride_token : 0;
                 step<E>(tile, d, group, q.scale, static_cast<int>(min(seen, tile.keys)), ahead, s, [&] {
+                    const int run = static_cast<int>(min(call.page_tokens, SUFFIX_KEYS));
                     if (in_place) {
                         tile.v_runs = tile.k_runs;
                         tile.block = DIM_BLOCK;
-                        for (int run = 0; run < tile.v_runs; ++run)
-                            tile.v[run] = Run{tile.behind[run], call.v.stride_token, tile.k[run].keys};
+                        for (int i = 0; i < tile.v_runs; ++i)
+                            tile.v[i] = Run{tile.behind[i], call.v.stride_token, tile.k[i].keys};
                     } else {
-                        pack<E>(q.dtype, [&](int key) { return pages.row(call.v, begin + key); }, d, packed, tile);
+                        pack<E>(q.dtype, [&](int key) { return pages.row(call.v, begin + key); }, run, d, packed, tile);
                     }
                 });
             }
@@ -683,11 +711,13 @@ void suffix_of(const SuffixCall& call, const SuffixTile& rows, std::int64_t head
     }
 }
 
-void suffix(const SuffixCall& call, const SuffixTile& rows, std::int64_t head, float* scratch) {
-    if (in_pairs(call.q.dtype))
-        suffix_of<Pair>(call, rows, head, scratch);
-    else
-        suffix_of<Single>(call, rows, head, scratch);
+void suffix(const SuffixCall& call, const SuffixUnit& unit, float* scratch) {
+    for (std::int64_t head = unit.head_begin; head < unit.head_end; ++head) {
+        if (in_pairs(call.q.dtype))
+            suffix_of<Pair>(call, unit, head, scratch);
+        else
+            suffix_of<Single>(call, unit, head, scratch);
+    }
 }
 
 // -- the fold alone, and exp2 ------------------------------------------------------------------------------------------

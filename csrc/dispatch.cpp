@@ -192,12 +192,16 @@ void suffix_attention(const Kernels& isa, const SuffixCall& call, std::int64_t t
         const std::int64_t rows = std::max<std::int64_t>(8, (tile.row_end - tile.row_begin) * call.q.group);
         work += rows * call.seq_lens[tile.slot] * 2 * call.q.head_dim * call.q.num_kv_heads;
     }
+    // All heads of a tile in one unit, where there are tiles enough: the next head's pages are fetched while one is computed.
+    const std::size_t useful_threads = useful(threads, work);
     const std::int64_t heads = call.q.num_kv_heads;
-    share(static_cast<std::size_t>(call.num_tiles * heads), useful(threads, work), bytes(isa.suffix_scratch(call)),
-          [&](std::size_t i, float* scratch) {
-              const auto unit = static_cast<std::int64_t>(i);
-              isa.suffix(call, call.tiles[unit / heads], unit % heads, scratch);
-          });
+    const bool enough = call.num_tiles >= static_cast<std::int64_t>(useful_threads) * UNITS_PER_THREAD;
+    const std::int64_t step = enough || useful_threads == 1 ? heads : 1;
+    std::vector<SuffixUnit> units;
+    for (std::int64_t i = 0; i < call.num_tiles; ++i)
+        for (std::int64_t head = 0; head < heads; head += step) units.push_back({&call.tiles[i], head, head + step});
+    share(units.size(), useful_threads, bytes(isa.suffix_scratch(call)),
+          [&](std::size_t i, float* scratch) { isa.suffix(call, units[i], scratch); });
 }
 
 }  // namespace kvkern
