@@ -44,6 +44,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +56,7 @@ from peers import Case
 from torch import Tensor
 
 import kvkern
-from kvkern import _C, backends, native
+from kvkern import _C, backends, cpu, native
 
 AGENTS, PREFIXES, SUFFIXES = (1024, 64, 4096, 1, 256, 16), (32768, 8192, 2048, 131072, 512), (256, 64, 512)
 CELLS = [(b, p, s) for s in SUFFIXES for p in PREFIXES for b in AGENTS]
@@ -133,9 +134,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def cells(chosen: argparse.Namespace, *, cpu: bool) -> list[Cell]:
+def cells(chosen: argparse.Namespace, *, cuda: bool) -> list[Cell]:
     """What is to be measured, in order."""
-    if not cpu:
+    if cuda:
         plain = [tuple(chosen.cell)] if chosen.cell else TINY if chosen.tiny else QUICK if chosen.quick else CELLS
         heads = tuple(chosen.heads or CPU_HEADS[0])
         return [Cell(heads, chosen.dtype or "bfloat16", *cell) for cell in plain]  # type: ignore[arg-type]
@@ -223,25 +224,35 @@ def fma_peak(measured_in: str | None) -> FmaPeak | None:
 
 
 def buffers(bench: Bench) -> tuple[Tensor, Tensor]:
-    """From where to where bytes are copied."""
+    """From where to where bytes are copied; on the CPU in memory of the prefix's kind, in huge pages if there are any."""
     size = 1 << 20 if bench.options.tiny else 1 << 30 if bench.device.type == "cuda" else 256 << 20
+    if bench.device.type == "cpu":
+        source, target = (cpu.map_tensor((size,), torch.uint8)[0].fill_(1) for _ in range(2))
+        return source, target
     source = torch.ones(size, dtype=torch.uint8, device=bench.device)
     return source, torch.empty_like(source)
+
+
+def largest_cache() -> int:
+    """Bytes of the largest cache of a core, 0 where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 10, "M": 20}
+    return max((int(size[:-1]) << units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
 class Flush:
     """Displaces what the caches hold, before each timed run."""
 
     def __init__(self, bench: Bench) -> None:
-        self.cuda = bench.device.type == "cuda"
-        size = 1 << 20 if bench.options.tiny else 128 << 20
-        self.buffer = torch.empty(size, dtype=torch.uint8, device=bench.device)
-        self.words = None if self.cuda else np.ones(size // 4, dtype=np.float32)
+        cuda = bench.device.type == "cuda"
+        size = 1 << 20 if bench.options.tiny else 128 << 20 if cuda else 2 * max(largest_cache(), 32 << 20)
+        self.buffer = torch.empty(size, dtype=torch.uint8, device=bench.device) if cuda else None
+        self.words = None if cuda else np.ones(size // 4, dtype=np.float32)
 
     def __call__(self) -> None:
-        if self.words is None:
+        if self.buffer is not None:
             self.buffer.zero_()
-        else:
+        if self.words is not None:
             # Read, so that no dirty lines are left to be written back within the time; and by one thread, so that every entry
             # finds the pool's threads asleep, and none of them at the end of the entry before.
             self.words.sum()
@@ -434,8 +445,8 @@ def measure(
     bench: Bench, cell: Cell, flush: Flush, roofs: Roofs | None, rates: dict[str, Any], pace: Pace
 ) -> dict[str, Any]:
     """Check every entry of the cell, then time them in turns. `rates` are the run's; by `roofs` they are taken anew."""
-    chosen, began, cpu = bench.options, time.monotonic(), bench.device.type == "cpu"
-    if cpu:
+    chosen, began, on_cpu = bench.options, time.monotonic(), bench.device.type == "cpu"
+    if on_cpu:
         seconds_a_run = cell.flop / rates["gemm_flop_per_s"]
         if seconds_a_run > LONGEST * chosen.cell_seconds:
             raise TooLong(
@@ -443,7 +454,7 @@ def measure(
             )
     geometry = cell.geometry
     case = Case.make(geometry, cell.agents, cell.prefix, cell.suffix, device=bench.device, backend=chosen.backend)
-    found = entries(bench, case, (lambda name: pace.admit(cell, name)) if cpu else lambda name: None)
+    found = entries(bench, case, (lambda name: pace.admit(cell, name)) if on_cpu else lambda name: None)
     if roofs is not None:
         runs = found.runs | {f"roof {name}": run for name, run in roofs.runs().items()}
         seconds = shares(bench, runs, found.first, flush)
@@ -458,7 +469,7 @@ def measure(
     moved = float(geometry.token_bytes() * (cell.prefix + cell.agents * cell.suffix))
     return {
         "backend": backends.choose(chosen.backend, bench.device).name,
-        **({"isa": isa(bench)} if cpu else {}),
+        **({"isa": isa(bench)} if on_cpu else {}),
         "geometry": f"{geometry.num_qo_heads}/{geometry.num_kv_heads}x{geometry.head_dim}",
         "dtype": cell.dtype,
         "agents": cell.agents,
@@ -470,7 +481,7 @@ def measure(
         "gemm_share": cell.flop / ours / rates["gemm_flop_per_s"],
         "copy_share": moved / ours / rates["copy_bytes_per_s"],
         **{f"ratio_{name}": median / ours for name, median in medians.items()},
-        **alone(cell, medians, rates, isa(bench) if cpu else None),
+        **alone(cell, medians, rates, isa(bench) if on_cpu else None),
         "spread": {name: spread(samples) for name, samples in seconds.items()},
         "seconds": seconds,
         "flop": cell.flop,
@@ -551,14 +562,14 @@ def threads_gain(bench: Bench, flush: Flush, prefix_tokens: int) -> None:
 
 def main() -> None:
     bench, began = Bench.start("layer", __doc__, extra=options), time.monotonic()
-    chosen, cpu = bench.options, bench.device.type == "cpu"
-    chosen.cell_seconds = chosen.cell_seconds or (8.0 if cpu else 30.0)
+    chosen, on_cpu = bench.options, bench.device.type == "cpu"
+    chosen.cell_seconds = chosen.cell_seconds or (8.0 if on_cpu else 30.0)
     bench.resume()
     torch.seed()
     measured_in, pace, forced = isa(bench), Pace(chosen.cell_seconds), os.environ.get("KVKERN_ISA")
     if measured_in is not None and forced and measured_in != forced:
         raise SystemExit(f"KVKERN_ISA: found {measured_in} in use, needed {forced}\n  do: name one of `kvkern env`")
-    if cpu:
+    if on_cpu:
         pace.take_up(bench.results)
 
     flush = functools.cache(lambda: Flush(bench))
@@ -569,16 +580,16 @@ def main() -> None:
     @functools.cache
     def rates(dtype: str) -> dict[str, Any]:
         found = roofs(dtype).once()
-        if not cpu:  # once is enough there, and the memory is wanted
+        if not on_cpu:  # once is enough there, and the memory is wanted
             roofs.cache_clear()
             pair.cache_clear()
         return found
 
-    if chosen.threads_gain and cpu and chosen.seconds > 0:
+    if chosen.threads_gain and on_cpu and chosen.seconds > 0:
         threads_gain(bench, flush(), 200 if chosen.tiny else 32768)
-    shapes = {cell: shape_of(cell, chosen.backend, measured_in) for cell in cells(chosen, cpu=cpu)}
+    shapes = {cell: shape_of(cell, chosen.backend, measured_in) for cell in cells(chosen, cuda=not on_cpu)}
     left = [cell for cell, shape in shapes.items() if not bench.has(shape)]
-    if cpu:
+    if on_cpu:
         held = bench.beside.get("not_begun", [])
         bench.beside["not_begun"] = list(dict.fromkeys([*held, *(shown(shapes[cell]) for cell in left)]))
     for n, cell in enumerate(left):
@@ -587,13 +598,13 @@ def main() -> None:
             print(f"layer    {len(left) - n} cells not begun: {chosen.seconds:g} s are over", flush=True)
             break
         try:
-            found = measure(bench, cell, flush(), roofs(cell.dtype) if cpu else None, rates(cell.dtype), pace)
+            found = measure(bench, cell, flush(), roofs(cell.dtype) if on_cpu else None, rates(cell.dtype), pace)
         except FAILURES as error:
             bench.fail(shape, error)
         else:
             bench.keep(shape, found)
             print(line(shape, found), flush=True)
-        if cpu:
+        if on_cpu:
             bench.beside["not_begun"].remove(shown(shape))
         bench.save()
         gc.collect()

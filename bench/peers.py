@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvkern
+from kvkern import cpu
 from kvkern.checks.assertions import plain_attention
 from kvkern.geometry import PAGE
 from kvkern.kernels.oracle import attend_fp64
@@ -79,7 +80,8 @@ class Case:
             return torch.randn(size, device=device).to(geometry.dtype)
 
         heads, head_dim = geometry.num_kv_heads, geometry.head_dim
-        room(device, geometry.token_bytes() * (prefix_tokens + agents * -(-suffix_tokens // PAGE) * PAGE))
+        if device.type == "cpu":
+            room(device, geometry.token_bytes() * (prefix_tokens + agents * -(-suffix_tokens // PAGE) * PAGE))
         prefix = kvkern.SharedPrefix(geometry, torch.arange(prefix_tokens), device=device)
         if device.type == "cpu":
             fill(prefix.block()[0, :, :, :prefix_tokens])
@@ -139,7 +141,10 @@ class Case:
 
     @functools.cached_property
     def prefix_kv(self) -> tuple[Tensor, Tensor]:
-        """K and V of the prefix, [num_kv_heads, P, head_dim]."""
+        """K and V of the prefix, [num_kv_heads, P, head_dim]; on the CPU where they lie, in huge pages if there are any."""
+        if self.device.type == "cpu":
+            keys, values = self.prefix.block()[0, :, :, : self.prefix_tokens].unbind()
+            return keys, values
         return self.prefix.key(0), self.prefix.value(0)
 
     def suffix_kv(self, agents: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -280,11 +285,19 @@ class ExpandedSdpa:
 
     def prepare(self, case: Case) -> Run:
         g = case.geometry
-        case.room(case.agents * (case.prefix_tokens + case.suffix_tokens) * g.token_bytes())
-        keys, values = (
-            torch.cat([shared.expand(case.agents, -1, -1, -1), own], dim=2)
-            for shared, own in zip(case.prefix_kv, case.suffixes, strict=True)
-        )
+        tokens = case.prefix_tokens + case.suffix_tokens
+        case.room(case.agents * tokens * g.token_bytes())
+
+        def whole(shared: Tensor, own: Tensor) -> Tensor:
+            parts, shape = (
+                [shared.expand(case.agents, -1, -1, -1), own],
+                (case.agents, g.num_kv_heads, tokens, g.head_dim),
+            )
+            if case.device.type != "cpu":
+                return torch.cat(parts, dim=2)
+            return torch.cat(parts, dim=2, out=cpu.map_tensor(shape, g.dtype)[0])  # memory of the prefix's kind
+
+        keys, values = (whole(*each) for each in zip(case.prefix_kv, case.suffixes, strict=True))
         q, gqa = case.q[:, :, None], g.G > 1
         return lambda: scaled_dot_product_attention(q, keys, values, enable_gqa=gqa)[:, :, 0]
 

@@ -410,7 +410,7 @@ def curves(rows: list[dict[str, Any]], sets: list[str]) -> list[Curve]:
         found.append(Curve(f"kvkern, {name}", ("#0072b2", "#56b4e9", "#000000", "#e69f00")[n], points(own, "kvkern")))
     for entry, colour in (("flash_rows", "#d55e00"), ("expanded_sdpa", "#cc79a7"), ("torch_backend", "#009e73")):
         found.append(Curve(PEERS["cpu"][entry].replace("`", ""), colour, points(best, entry)))
-    return found
+    return [curve for curve in found if curve.points]
 
 
 # -- all files ---------------------------------------------------------------------------------------------------------

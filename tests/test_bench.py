@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -188,10 +189,10 @@ def test_every_entry_of_a_quick_cell_fits_a_case_of_many_pages(scripts: Any) -> 
 def test_cells_of_the_aims_come_first_and_on_cuda_all_is_as_it_was(scripts: Any) -> None:
     layer = scripts["bench_layer"]
 
-    def listed(*argv: str, cpu: bool = True) -> list[Any]:
+    def listed(*argv: str, cuda: bool = False) -> list[Any]:
         parser = argparse.ArgumentParser()
         layer.options(parser)
-        return layer.cells(parser.parse_args(argv), cpu=cpu)
+        return layer.cells(parser.parse_args(argv), cuda=cuda)
 
     quick, aims, everything = listed(), listed("--aims"), listed("--all")
     assert {cell.dtype for cell in quick} == {"float32", "bfloat16"} and len(quick) == 4
@@ -204,9 +205,9 @@ def test_cells_of_the_aims_come_first_and_on_cuda_all_is_as_it_was(scripts: Any)
     assert {(cell.heads, cell.dtype) for cell in listed("--all", "--heads", "9", "3", "64", "--dtype", "bfloat16")} == {
         ((9, 3, 64), "bfloat16")
     }
-    assert listed(cpu=False) == [layer.Cell((32, 8, 128), "bfloat16", *cell) for cell in layer.CELLS]
-    assert [cell[2:] for cell in listed("--quick", cpu=False)] == layer.QUICK
-    assert listed("--heads", "4", "2", "64", "--dtype", "float16", "--cell", "1", "2", "3", cpu=False) == [
+    assert listed(cuda=True) == [layer.Cell((32, 8, 128), "bfloat16", *cell) for cell in layer.CELLS]
+    assert [cell[2:] for cell in listed("--quick", cuda=True)] == layer.QUICK
+    assert listed("--heads", "4", "2", "64", "--dtype", "float16", "--cell", "1", "2", "3", cuda=True) == [
         layer.Cell((4, 2, 64), "float16", 1, 2, 3)
     ]
 
@@ -307,6 +308,25 @@ def test_each_entry_has_its_share_of_a_cells_time_and_turns_are_mixed(scripts: A
     assert timed[::2] == ["flush"] * (len(timed) // 2), "each timed run after a flush"
     assert timed.index("slow") < len(timed) // 2 < len(timed) - 1 - timed[::-1].index("slow")
     assert order.count("slower") == 0, "its checked run was its sample"
+
+
+def test_on_cuda_the_first_turn_warms_and_a_slow_peer_has_no_other(scripts: Any) -> None:
+    layer, order = scripts["bench_layer"], []
+
+    class Clock:
+        options = argparse.Namespace(cell_seconds=30.0, samples=4)
+
+        def once(self, run: Any) -> float:
+            name, taken = run
+            order.append(name)
+            return taken
+
+    runs = {"kvkern": ("kvkern", 4.0), "fast": ("fast", 0.1), "slow": ("slow", 3.5)}
+    found = layer.turns(Clock(), layer.Entries(runs), lambda: order.append("flush"), time.monotonic())
+    assert found == {"kvkern": [4.0] * 4, "fast": [0.1] * 4, "slow": [3.5]}
+    assert order[:6] == ["flush", "kvkern", "flush", "fast", "flush", "slow"] and order[6:] == 4 * order[:4]
+    late = layer.turns(Clock(), layer.Entries(runs), lambda: None, time.monotonic() - 31)
+    assert late["kvkern"] == [4.0] * layer.LEAST_TURNS
 
 
 def test_a_cell_and_a_peer_that_would_take_too_long_have_a_reason(scripts: Any, tmp_path: Path) -> None:
