@@ -14,8 +14,10 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 layer() { "$PYTHON" bench/bench_layer.py --device cpu --aims --threads-gain --here "$@"; }
 
 unset KVKERN_ISA
-layer --seconds "${SECONDS_BEST:-720}"
+failed=0
+layer --seconds "${SECONDS_BEST:-720}" || failed=1
 if "$PYTHON" -c 'from kvkern import _C; raise SystemExit("avx2" not in _C.instruction_sets()[1:])'; then
-  KVKERN_ISA=avx2 layer --peers flash_rows --seconds "${SECONDS_AVX2:-360}"
+  KVKERN_ISA=avx2 layer --peers flash_rows --seconds "${SECONDS_AVX2:-360}" || failed=1
 fi
-"$PYTHON" bench/report.py
+"$PYTHON" bench/report.py # of what there is
+exit "$failed"
