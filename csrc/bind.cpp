@@ -207,6 +207,14 @@ PYBIND11_MODULE(_C, m) {
           py::arg("slots"), py::arg("table_width"), py::arg("table_stride"),
           "K0: scatter k and v rows to their pages. Addresses and strides in bytes, table_stride in entries.");
 
+    m.def(
+        "prefer_huge_pages",
+        [](std::uintptr_t address, std::int64_t size_bytes) {
+            not_negative("size_bytes", size_bytes);
+            prefer_huge_pages(address, static_cast<std::size_t>(size_bytes));
+        },
+        py::arg("address"), py::arg("size_bytes"), "Advise huge pages for memory that has not been touched; nothing else changes.");
+
     m.def("block_sum", &bind_block_sum, py::arg("address"), py::arg("size_bytes"), py::arg("start_word") = 0,
           "Sum of words times position-dependent odd factors, mod 2**64; start_word is the index of the first word.");
 

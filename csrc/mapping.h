@@ -44,6 +44,15 @@ inline std::size_t checked_size(long long size_bytes) {
     return static_cast<std::size_t>(size_bytes);
 }
 
+// Ask for huge pages under memory that another allocator gave, before it is touched; its ends, which are no whole ones, stay
+// as they are. Advice only: a kernel without huge pages refuses it, and the memory is as good.
+inline void prefer_huge_pages(std::uintptr_t address, std::size_t size) {
+    const std::uintptr_t begin = round_up(address, HUGE_PAGE), end = (address + size) / system_page() * system_page();
+#ifdef MADV_HUGEPAGE
+    if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 class Mapping {
 public:
     // Anonymous, private, zero-filled, writable until protect().
@@ -57,10 +66,7 @@ public:
         base_ = static_cast<char*>(start);
         if (large) {
             trim(base_, reserve);
-#ifdef MADV_HUGEPAGE
-            // Advice only: a kernel without huge pages refuses it, and the mapping is as good.
-            ::madvise(base_, length_, MADV_HUGEPAGE);
-#endif
+            prefer_huge_pages(reinterpret_cast<std::uintptr_t>(base_), length_);
         }
         data_ = base_;
     }

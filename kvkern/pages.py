@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kvkern.cpu import prefer_huge_pages
 from kvkern.errors import CapacityError, RequestError
 from kvkern.geometry import PAGE, Geometry
 
@@ -52,8 +53,8 @@ class PagePool:
         self.debug = debug
         g = geometry
         # Fresh memory may hold anything; kernels must not depend on it, and in debug mode it is NaN so that they cannot.
-        self.pages = torch.empty(
-            (g.layers, 2, num_pages, g.num_kv_heads, PAGE, g.head_dim), dtype=g.dtype, device=self.device
+        self.pages = prefer_huge_pages(
+            torch.empty((g.layers, 2, num_pages, g.num_kv_heads, PAGE, g.head_dim), dtype=g.dtype, device=self.device)
         )
         if debug:
             self.pages.fill_(float("nan"))
