@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "a suffix of the cpu backend shows every row the longest row's keys",
         "csrc/attention_impl.h",
-        "const std::int64_t seen = shortest - at < 0 ? 0 : shortest - at;",
-        "const std::int64_t seen = longest - at < 0 ? 0 : longest - at;",
+        "const std::int64_t seen = shortest - begin < 0 ? 0 : shortest - begin;",
+        "const std::int64_t seen = longest - begin < 0 ? 0 : longest - begin;",
         ("test_native.py::test_extends_of_many_rows_beside_decode_rows",),
     ),
     Mutant(
@@ -120,10 +120,17 @@ MUTANTS = (
     Mutant(
         "the cpu backend's K1 folds the later segment first",
         "csrc/attention_impl.h",
-        "fold(group.total, group.state, group.vecs, d);\n        }\n    }\n    if (item.seg_begin == 0)",
-        "fold(group.state, group.total, group.vecs, d), swap(group.state, group.total);\n        }\n    }\n"
-        "    if (item.seg_begin == 0)",
+        "fold(group.total, group.state, group, d);\n        }\n    }\n    if (unit.seg_begin == 0)",
+        "fold(group.state, group.total, group, d), swap(group.state, group.total);\n        }\n    }\n"
+        "    if (unit.seg_begin == 0)",
         ("test_native.py::test_segments_on_one_worker_or_many_have_the_same_bits",),
+    ),
+    Mutant(
+        "segments walked apart by several threads are folded last to first",
+        "csrc/dispatch.cpp",
+        "isa.fold({rows_, head_dim_, m, l, acc, all.m + at, all.l + at, all.acc + at * head_dim_, m, l, acc});",
+        "isa.fold({rows_, head_dim_, all.m + at, all.l + at, all.acc + at * head_dim_, m, l, acc, m, l, acc});",
+        ("test_native_bits.py::test_one_two_and_four_threads_walk_a_long_node_with_the_same_bits",),
     ),
     Mutant(
         "the cpu backend's merge is another fold than its kernels'",
