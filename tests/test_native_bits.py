@@ -12,6 +12,7 @@ import test_exact
 import torch
 from helpers import assert_same_bits
 from test_native import INSTRUCTION_SETS, Step, assert_same_states
+from torch import Tensor
 
 from kvkern import native
 from kvkern.geometry import num_segments, segment_tokens
