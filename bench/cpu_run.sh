@@ -15,9 +15,9 @@ layer() { "$PYTHON" bench/bench_layer.py --device cpu --aims --threads-gain --he
 
 unset KVKERN_ISA
 failed=0
-layer --seconds "${SECONDS_BEST:-720}" || failed=1
+layer --seconds "${SECONDS_BEST:-660}" || failed=1
 if "$PYTHON" -c 'from kvkern import _C; raise SystemExit("avx2" not in _C.instruction_sets()[1:])'; then
-  KVKERN_ISA=avx2 layer --peers flash_rows --seconds "${SECONDS_AVX2:-360}" || failed=1
+  KVKERN_ISA=avx2 layer --peers flash_rows --seconds "${SECONDS_AVX2:-300}" || failed=1
 fi
 "$PYTHON" bench/report.py # of what there is
 exit "$failed"

@@ -159,9 +159,16 @@ class Case:
 
     @functools.cached_property
     def suffixes(self) -> tuple[Tensor, Tensor]:
-        """`suffix_kv` of all agents, one copy for all peers."""
+        """`suffix_kv` of all agents, one copy for all peers; on the CPU in memory of the pool's kind."""
         self.room(self.agents * self.suffix_tokens * self.geometry.token_bytes())
-        return self.suffix_kv()
+        if self.device.type != "cpu" or not self.suffix_tokens:
+            return self.suffix_kv()
+        g, step = self.geometry, 8
+        shape = (self.agents, g.num_kv_heads, self.suffix_tokens, g.head_dim)
+        keys, values = (cpu.map_tensor(shape, g.dtype)[0] for _ in range(2))
+        for some in (slice(first, first + step) for first in range(0, self.agents, step)):
+            keys[some], values[some] = self.suffix_kv(some)
+        return keys, values
 
     @functools.cached_property
     def one_pool(self) -> tuple[Tensor, Tensor]:
