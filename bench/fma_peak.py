@@ -19,8 +19,8 @@ from pathlib import Path
 SUMS = 12
 LANES = {"avx2": 8, "avx512": 16, "avx512bf16": 16}
 FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"], "avx512bf16": ["-mavx512f"]}
-STEPS = 3_000_000
-"""Of each thread and run: some 5 to 15 ms."""
+STEPS = 6_000_000
+"""Of each thread and run: some 10 to 30 ms."""
 
 SOURCE = """
 typedef float Vector __attribute__((vector_size(4 * LANES)));

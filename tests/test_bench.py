@@ -253,6 +253,10 @@ def test_roofs_of_a_cpu_are_those_of_the_cell_and_say_what_they_count(scripts: A
     gemm, copy = (statistics.median(roofs["seconds"][name]) for name in ("gemm", "copy"))
     assert roofs["gemm_flop_per_s"] == 2 * roofs["gemm_size"] ** 3 / gemm
     assert roofs["copy_bytes_per_s"] == 2 * roofs["copy_bytes"] / copy
+    if "fma" in roofs["seconds"]:
+        fma, threads = scripts["fma_peak"], torch.get_num_threads()
+        flop = 2 * fma.LANES[result["isa"]] * fma.SUMS * fma.STEPS * threads
+        assert roofs["fma_flop_per_s"] == flop / min(roofs["seconds"]["fma"]), "a peak is the best sample"
 
 
 def test_the_peak_of_multiply_adds_is_what_its_loop_does(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
