@@ -439,16 +439,18 @@ def env(
     """Say what kvkern has to work with here: backend, instruction set, threads, devices, versions."""
     import torch
 
-    from kvkern import _C
+    from kvkern import native
     from kvkern.backends import choose
 
+    isa, forced = native.instruction_set(), native.forced_instruction_set() is not None
     place = opening.device_of(device)
     chosen = choose(backend, place)
     result: dict[str, Any] = {
         "backend": {"name": chosen.name, "why": chosen.why},
         "device": str(place),
         "devices": _devices(),
-        "instruction_set": _C.instruction_sets()[0],
+        "instruction_set": isa,
+        "instruction_set_forced": forced,
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -458,7 +460,10 @@ def env(
     lines = [
         ("backend", f"{chosen.name} on {place}: {chosen.why}"),
         ("devices", "; ".join(devices)),
-        ("kernels", f"in C++ for {result['instruction_set']}; torch for {result['torch_instruction_set']}"),
+        (
+            "kernels",
+            f"in C++ for {isa}{', forced by KVKERN_ISA' if forced else ''}; torch for {result['torch_instruction_set']}",
+        ),
         ("threads", str(result["threads"])),
         ("platform", result["platform"]),
         ("versions", "  ".join(f"{name} {found or 'not installed'}" for name, found in result["versions"].items())),

@@ -1,19 +1,20 @@
 """The cpu backend: K1, K2 and the fold in C++ (csrc/attention_impl.h), behind the four functions of `plain`.
 
 Here shapes, dtypes and devices are checked, and outputs made; csrc checks every index that it follows. All functions take
-`instruction_set`, a name in `_C.instruction_sets()`; left out, it is the best that runs here. "avx2" multiplies and adds in
-one rounding, "portable" on x86-64 in two, so their bits differ.
+`instruction_set`, a name in `_C.instruction_sets()`; left out, it is that of KVKERN_ISA, or the best that runs here. "avx2"
+multiplies and adds in one rounding, "portable" on x86-64 in two, so their bits differ.
 """
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
 
 from kvkern import _C, plain
-from kvkern.errors import DeviceError, DtypeError, ShapeError
+from kvkern.errors import BackendError, DeviceError, DtypeError, ShapeError
 from kvkern.geometry import SUFFIX_SEGMENT
 from kvkern.plain import State
 
@@ -22,6 +23,33 @@ LOG2E = math.log2(math.e)
 
 append = plain.append
 append_fused = plain.append_fused
+
+
+def instruction_set() -> str:
+    """The name of the instruction set in use: the one that KVKERN_ISA forces, or the best that runs here.
+
+    Raises BackendError where KVKERN_ISA names one that is unknown or that this CPU lacks. An empty value forces none.
+    """
+    runs_here = _C.instruction_sets()
+    name = forced_instruction_set()
+    if name is None:
+        return runs_here[0]
+    if name not in runs_here:
+        raise BackendError(
+            "KVKERN_ISA",
+            found=name,
+            needed=f"one that runs here: {', '.join(runs_here)}",
+            do=f"unset it for {runs_here[0]}, the best here",
+        )
+    return name
+
+
+def forced_instruction_set() -> str | None:
+    """What KVKERN_ISA says, unchecked."""
+    return os.environ.get("KVKERN_ISA") or None
+
+
+_default = instruction_set  # where an argument has that name
 
 
 def prefix_attention(
@@ -63,7 +91,7 @@ def prefix_attention(
         num_states=path_table.shape[1],
         layer=layer,
         threads=torch.get_num_threads(),
-        instruction_set=instruction_set,
+        instruction_set=instruction_set or _default(),
     )
     return State(m, l, acc)
 
@@ -134,7 +162,7 @@ def suffix_attention(
         num_states=path_table.shape[1],
         segment=SUFFIX_SEGMENT,
         threads=torch.get_num_threads(),
-        instruction_set=instruction_set,
+        instruction_set=instruction_set or _default(),
     )
     return o, lse
 
@@ -151,7 +179,7 @@ def merge(a: State, b: State, *, instruction_set: str = "") -> State:
     first, second = (State(*(part.contiguous() for part in state)) for state in (a, b))
     out = State(*(torch.empty_like(part) for part in first))
     sides = [(s.m.data_ptr(), s.l.data_ptr(), s.acc.data_ptr()) for s in (first, second, out)]
-    _C.fold(*sides, rows=out.m.numel(), head_dim=out.acc.shape[-1], instruction_set=instruction_set)
+    _C.fold(*sides, rows=out.m.numel(), head_dim=out.acc.shape[-1], instruction_set=instruction_set or _default())
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvkern import _C, opening
+from kvkern import native, opening
 from kvkern.backends import Backend, choose
 from kvkern.checks import tiny
 from kvkern.errors import TemplateError
@@ -78,7 +78,7 @@ class Subject:
             "device": f"{self.device} {torch.cuda.get_device_name(self.device)}" if cuda else str(self.device),
             "backend": self.backend.name,
             "backend_why": self.backend.why,
-            "instruction_set": _C.instruction_sets()[0],
+            "instruction_set": native.instruction_set(),
             "threads": torch.get_num_threads(),
             "versions": _versions(),
         }
@@ -88,6 +88,7 @@ def open_subject(
     model: str | None, *, dtype: opening.Dtype | None, device: str | None, backend: str | None, seed: int
 ) -> Subject:
     """The model of this name, or a tiny random one. Raises as `opening.open_model`, `device_of` and `choose` do."""
+    native.instruction_set()  # a KVKERN_ISA that cannot be had is refused before a model is opened
     place = opening.device_of(device)
     chosen = choose(backend, place)
     if model is None:
