@@ -1,8 +1,15 @@
-"""KVKERN_ISA: the instruction set that the cpu backend uses is the one that was asked for, or a refusal."""
+"""Instruction sets: KVKERN_ISA gets what it asks for or a refusal, and each object holds what it is compiled for."""
 
 from __future__ import annotations
 
 import json
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +91,76 @@ def test_env_says_which_is_in_use_and_whether_it_was_forced(monkeypatch, capsys)
     monkeypatch.setenv("KVKERN_ISA", "mmx")
     code, said = env("--json")
     assert code == 1 and json.loads(said)["error"]["field"] == "KVKERN_ISA"
+
+
+# -- the objects of csrc -----------------------------------------------------------------------------------------------
+
+OBJECTS = Path(__file__).resolve().parent.parent / "build" / f"ninja{sysconfig.get_config_var('EXT_SUFFIX')}"
+# What an inner loop of products has to consist of, and what may stand nowhere in the object.
+PRODUCTS = {
+    "portable": r"mulps .*xmm",
+    "avx2": r"vfn?madd\d+ps .*ymm",
+    "avx512": r"vfn?madd\d+ps .*zmm",
+    "avx512bf16": r"vdpbf16ps .*zmm",
+}
+FOREIGN = {"portable": r"\t *v|[yz]mm", "avx2": "zmm", "avx512": "bf16", "avx512bf16": "(?!)"}
+x86 = pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="instructions of x86-64, objects of ELF"
+)
+
+
+def binutils(*words: str | Path) -> str:
+    return subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def disassembled(isa: str) -> str:
+    return binutils("objdump", "-d", "--no-show-raw-insn", OBJECTS / f"isa_{isa}.o")
+
+
+@cache
+def inner_loops(isa: str) -> list[list[str]]:
+    """The instructions from a jump's target to the jump back to it, where no other such loop lies between."""
+    loops, addresses, lines, newest = [], [], [], -1
+    for line in disassembled(isa).splitlines():
+        if line.endswith(">:"):
+            addresses, lines, newest = [], [], -1
+        found = re.match(r" *([0-9a-f]+):\t(.*)", line)
+        if not found:
+            continue
+        addresses.append(int(found[1], 16))
+        lines.append(found[2])
+        jump = re.match(r"j\w+ +([0-9a-f]+) ", found[2])
+        if jump and int(jump[1], 16) in addresses:
+            begin = addresses.index(int(jump[1], 16))
+            if begin > newest:
+                loops.append(lines[begin:])
+                newest = begin
+    return loops
+
+
+def made_for(isa: str, its_object: str) -> bool:
+    """Whether an inner loop of the object has 8 products or more as this instruction set has them, and no foreign ones."""
+    most = max(sum(bool(re.match(PRODUCTS[isa], line)) for line in loop) for loop in inner_loops(its_object))
+    return most >= 8 and not re.search(FOREIGN[isa], disassembled(its_object))
+
+
+@x86
+@pytest.mark.parametrize("isa", PRODUCTS)
+def test_an_object_has_its_instructions_in_its_inner_loops_and_control_no_other_object_has(isa):
+    assert [other for other in PRODUCTS if made_for(isa, other)] == [isa]
+
+
+def weak(path: Path) -> list[str]:
+    return [line for line in binutils("nm", path).splitlines() if re.search(r" [WwVvu] ", line)]
+
+
+@x86
+@pytest.mark.parametrize("isa", PRODUCTS)
+def test_nothing_compiled_for_one_instruction_set_can_be_linked_into_code_of_another(isa):
+    assert not weak(OBJECTS / f"isa_{isa}.o")
+
+
+@x86
+def test_control_an_inline_function_of_the_standard_library_is_weak():
+    assert weak(OBJECTS / "dispatch.o")
