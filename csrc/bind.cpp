@@ -12,6 +12,7 @@
 #include <system_error>
 
 #include "append.h"
+#include "bind_rows.h"
 #include "blocksum.h"
 #include "dispatch.h"
 #include "mapping.h"
@@ -236,6 +237,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("exp2", &bind_exp2, py::arg("x"), py::arg("y"), py::arg("count"), py::kw_only(), py::arg("instruction_set") = "",
           "The kernels' own exp2, so that it can be judged.");
+
+    bind_rows(m);
 
     m.def("instruction_sets", &instruction_sets, "Instruction sets that run here, the best one, which is the default, first.");
 }

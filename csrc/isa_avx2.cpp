@@ -4,4 +4,5 @@
 #define NAME "avx2"
 #define TABLE AVX2
 #include "attention_impl.h"
+#include "rows_impl.h"
 #endif

@@ -4,4 +4,5 @@
 #define NAME "avx512"
 #define TABLE AVX512
 #include "attention_impl.h"
+#include "rows_impl.h"
 #endif

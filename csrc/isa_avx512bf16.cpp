@@ -4,4 +4,5 @@
 #define NAME "avx512bf16"
 #define TABLE AVX512BF16
 #include "attention_impl.h"
+#include "rows_impl.h"
 #endif

@@ -3,3 +3,4 @@
 #define NAME "portable"
 #define TABLE PORTABLE
 #include "attention_impl.h"
+#include "rows_impl.h"

@@ -102,3 +102,41 @@ def fold(
 ) -> None: ...
 def exp2(x: int, y: int, count: int, *, instruction_set: str = "") -> None: ...
 def instruction_sets() -> list[str]: ...
+def rms_norm(
+    x: int,
+    residual: int,
+    weight: int,
+    out: int,
+    sum: int,
+    dtype: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    eps: float,
+    threads: int,
+    instruction_set: str = "",
+) -> None: ...
+def silu_mul(
+    gate: int,
+    up: int,
+    out: int,
+    dtype: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    threads: int,
+    instruction_set: str = "",
+) -> None: ...
+def append_fused(
+    numbers: Sequence[int],
+    turns: Sequence[int],
+    pages: Sequence[int],
+    places: Sequence[int],
+    dtype: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    turn_strides: Sequence[int],
+    page_strides: Sequence[int],
+    table: Sequence[int],
+    eps: Sequence[float],
+    threads: int,
+    instruction_set: str = "",
+) -> None: ...

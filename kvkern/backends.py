@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvkern import native, plain
+from kvkern import native, plain, rows
 from kvkern.errors import BackendError
 
 NAMES = ("triton", "cpu", "torch")
@@ -66,7 +66,15 @@ def _choose(name: str | None, device: str, interpreter: bool) -> Backend:
                 needed="tensors on the CPU",
                 do=f"use backend='{'triton' if device == 'cuda' and has_triton else 'torch'}' here",
             )
-        return Backend(name, why, native.append, native.prefix_attention, native.suffix_attention, native.merge)
+        return Backend(
+            name,
+            why,
+            native.append,
+            native.prefix_attention,
+            native.suffix_attention,
+            native.merge,
+            rows.append_fused,
+        )
     if not has_triton:
         raise BackendError(
             "backend",

@@ -21,6 +21,7 @@ LAYERS = (
     (
         "plain",
         "native",
+        "rows",
         "kernels.oracle",
         "kernels.tiles",
         "kernels.state",
