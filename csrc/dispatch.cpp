@@ -91,6 +91,22 @@ std::size_t useful(std::int64_t threads, std::int64_t work) {
 
 std::size_t bytes(std::int64_t floats) { return static_cast<std::size_t>(floats) * sizeof(float); }
 
+// The items that hold rows; those of neighbouring rows as one. A plan cuts them to the tiles of a GPU.
+std::vector<Item> joined(const PrefixCall& call) {
+    std::vector<Item> items;
+    for (std::int64_t i = 0; i < call.num_items; ++i) {
+        const Item& item = call.items[i];
+        if (item.row_begin == item.row_end) continue;
+        Item* last = items.empty() ? nullptr : &items.back();
+        if (last != nullptr && last->row_end == item.row_begin && last->node == item.node && last->seg_begin == item.seg_begin &&
+            last->seg_end == item.seg_end && last->state == item.state)
+            last->row_end = item.row_end;
+        else
+            items.push_back(item);
+    }
+    return items;
+}
+
 // A node's segments walked apart, for more threads than there are rows to keep busy: a state each, then folded in their order,
 // as one who walks them all folds them. The bits are the same.
 class Walk {
@@ -138,10 +154,9 @@ const Kernels& kernels(const std::string& name) {
 void prefix_attention(const Kernels& isa, const PrefixCall& call, std::int64_t threads) {
     check(call);
     const Queries& q = call.q;
+    const std::vector<Item> items = joined(call);
     std::int64_t groups = 0, work = 0;
-    for (std::int64_t i = 0; i < call.num_items; ++i) {
-        const Item& item = call.items[i];
-        if (item.row_begin == item.row_end) continue;
+    for (const Item& item : items) {
         const Node& node = call.nodes[item.node];
         const std::int64_t rows = (item.row_end - item.row_begin) * q.group;
         const std::int64_t keys = std::min(item.seg_end * node.segment, node.tokens) - item.seg_begin * node.segment;
@@ -157,9 +172,7 @@ void prefix_attention(const Kernels& isa, const PrefixCall& call, std::int64_t t
 
     std::vector<PrefixUnit> units;
     std::vector<Walk> walks;
-    for (std::int64_t i = 0; i < call.num_items; ++i) {
-        const Item& item = call.items[i];
-        if (item.row_begin == item.row_end) continue;
+    for (const Item& item : items) {
         const std::int64_t begin = item.row_begin * q.group, end = item.row_end * q.group, step = unit_groups * isa.group_rows;
         for (std::int64_t head = 0; head < q.num_kv_heads; ++head) {
             const std::int64_t place = (item.state * q.num_kv_heads + head) * q.rows * q.group;
