@@ -99,8 +99,8 @@ def _flat_fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     pages: Tensor,
@@ -132,8 +132,8 @@ def _fake_fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     pages: Tensor,
@@ -227,8 +227,8 @@ def fused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     plan: Plan,
@@ -240,9 +240,10 @@ def fused_attention(
     sm_scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`shared_prefix_attention` of q and k as Qwen3's projections give them: K0 does their norm and RoPE as well.
+    """`shared_prefix_attention` of q and k as the projections of a Qwen3 or Llama give them: K0 does their norm and RoPE as well.
 
-    q_norm, k_norm  [head_dim], weights of the RMS norm of each head; q_eps, k_eps are added to the mean square
+    q_norm, k_norm  [head_dim], weights of the RMS norm of each head, None without one (not on triton); q_eps and
+                    k_eps are added to the mean square
     cos, sin        [rows, head_dim], as transformers' rotary embedding makes them: both halves alike
 
     Returns o. Raises as `shared_prefix_attention`, naming the argument.
@@ -255,6 +256,8 @@ def fused_attention(
         ("cos", cos, (rows, head_dim)),
         ("sin", sin, (rows, head_dim)),
     ):
+        if tensor is None:
+            continue
         if tuple(tensor.shape) != needed:
             raise ShapeError(name, found=list(tensor.shape), needed=list(needed), do="bring those of the model's layer")
         if tensor.stride(-1) != 1:

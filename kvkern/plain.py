@@ -127,8 +127,8 @@ def append_fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     k_pages: Tensor,
@@ -143,7 +143,11 @@ def append_fused(
 ) -> Tensor:
     """`append` of q and k as the projections give them: norm of each head by weights [head_dim], then RoPE by cos and sin
     [T, head_dim], rounded where transformers' Qwen3 rounds. Returns q as `append` does."""
-    q, k = _rope(_norm(q, q_norm, q_eps), cos, sin), _rope(_norm(k, k_norm, k_eps), cos, sin)
+    if q_norm is not None:
+        q = _norm(q, q_norm, q_eps)
+    if k_norm is not None:
+        k = _norm(k, k_norm, k_eps)
+    q, k = _rope(q, cos, sin), _rope(k, cos, sin)
     return append(q, k, v, k_pages, v_pages, page_table, seq_lens, row_slot, row_back)
 
 

@@ -19,9 +19,11 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from kvkern.attention import fused_attention, shared_prefix_attention
+from kvkern.backends import choose
 from kvkern.errors import CapacityError, DeviceError, ShapeError, UnsupportedError
 from kvkern.geometry import PAGE, Geometry
 from kvkern.pages import PagePool
@@ -419,7 +421,7 @@ def _suffix_pool(geometry: Geometry, rows: int, capacity: int, device: torch.dev
 class Fusion:
     """What `fuse` has changed in a model: `remove()`, or the end of a with block, takes it back."""
 
-    def __init__(self, modules: Sequence[Qwen3Attention]) -> None:
+    def __init__(self, modules: Sequence[Any]) -> None:
         self.modules = tuple(modules)
         for module in self.modules:
             # On the instance, beside its weights: neither its class nor its state_dict sees it.
@@ -439,21 +441,22 @@ class Fusion:
 
 
 def fuse(model: Any) -> Fusion:
-    """Let an engine's steps do norm and RoPE of q and k of a Qwen3 within K0: one launch a layer from the projections to pages.
+    """Let an engine's steps do norm and RoPE of q and k of a Qwen3, RoPE of a Llama, within K0:
+    one launch a layer from the projections to pages.
 
     Only the forward of the attention layers of this model is replaced, and only steps of an engine take the other way:
     publishing, `kvkern.generate` and plain forwards run the model's own. Weights, and with them the identity of documents,
     stay as they are. In fp32 numbers differ by rounding; in 16 bits fewer steps round on the triton backend.
 
-    Raises UnsupportedError for another model than Qwen3, one that is fused already, and all that `check_model` refuses.
+    Raises UnsupportedError for another model than Qwen3 or Llama, one that is fused already, and all that `check_model` refuses.
     """
     check_model(model)
-    modules = [module for module in model.modules() if type(module) is Qwen3Attention]
+    modules = [module for module in model.modules() if type(module) in (Qwen3Attention, LlamaAttention)]
     layers = int(model.config.num_hidden_layers)
     if len(modules) != layers:
         raise UnsupportedError(
             "model.attention",
-            found=f"{type(model).__name__} with {len(modules)} layers of Qwen3Attention",
+            found=f"{type(model).__name__} with {len(modules)} layers of Qwen3Attention or LlamaAttention",
             needed=f"{layers}, all of them",
             do="leave this model as it is: it runs without fuse",
         )
@@ -462,7 +465,7 @@ def fuse(model: Any) -> Fusion:
             raise UnsupportedError(
                 "model.attention.forward",
                 found="one that was replaced already",
-                needed="that of Qwen3Attention",
+                needed="that of its class",
                 do="remove() what replaced it first",
             )
     return Fusion(modules)
@@ -471,7 +474,7 @@ def fuse(model: Any) -> Fusion:
 class _Fused:
     """The forward of one attention layer. Not a module: the layer it serves must not become its own child."""
 
-    def __init__(self, module: Qwen3Attention) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
 
     def __call__(
@@ -483,7 +486,10 @@ class _Fused:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         module = self.module
-        if type(past_key_values) is not StepCache or module.training:
+        q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        takes = type(past_key_values) is StepCache and not module.training
+        # The triton kernel has no form without norm.
+        if not takes or (q_norm is None and choose(past_key_values.backend, hidden_states.device).name == "triton"):
             result: tuple[Tensor, Tensor | None] = type(module).forward(
                 module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
@@ -499,15 +505,15 @@ class _Fused:
             q,
             k,
             v,
-            module.q_norm.weight,
-            module.k_norm.weight,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
             cos,
             sin,
             plan,
             plan.pool,
             layer=module.layer_idx,
-            q_eps=module.q_norm.variance_epsilon,
-            k_eps=module.k_norm.variance_epsilon,
+            q_eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+            k_eps=0.0 if k_norm is None else k_norm.variance_epsilon,
             sm_scale=module.scaling,
             backend=past_key_values.backend,
         )

@@ -190,11 +190,12 @@ def answers(model: Any, backend: str, questions: Any = QUESTIONS[:4]) -> list[tu
         return [a.token_ids for a in engine.ask(doc, questions, ordered=True, max_new_tokens=5, eos_token_id=[])]
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_a_fused_engine_answers_as_before_and_takes_the_fused_way(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model()
+    model = tiny_model(kind)
     for name, weight in model.named_parameters():
         if "_norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
@@ -220,7 +221,7 @@ def test_what_cannot_be_fused_is_refused_by_name() -> None:
     fusion = qwen3.fuse(model)
     refused = (
         (model, "model.attention.forward"),
-        (tiny_model("llama"), "model.attention"),
+        (tiny_model("mistral"), "model.attention"),
         (tiny_model(attention="sdpa"), "attn_implementation"),
         (tiny_model().train(), "model.training"),
     )
