@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
 from kvkern.attention import fused_attention, shared_prefix_attention
 from kvkern.backends import choose
@@ -29,6 +29,7 @@ from kvkern.geometry import PAGE, Geometry
 from kvkern.pages import PagePool
 from kvkern.plan import AgentRows, Plan
 from kvkern.prefix import SharedPrefix
+from kvkern.rows import rms_norm, silu_mul
 
 NAME = "kvkern"
 """The value of attn_implementation."""
@@ -418,14 +419,18 @@ def _suffix_pool(geometry: Geometry, rows: int, capacity: int, device: torch.dev
 # -- norm, RoPE and append in one launch -------------------------------------------------------------------------------
 
 
+LAYERS = (Qwen3DecoderLayer, LlamaDecoderLayer)
+
+
 class Fusion:
     """What `fuse` has changed in a model: `remove()`, or the end of a with block, takes it back."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
         self.modules = tuple(modules)
         for module in self.modules:
+            make = _FusedLayer if type(module) in LAYERS else _Fused
             # On the instance, beside its weights: neither its class nor its state_dict sees it.
-            module.forward = _Fused(module)
+            module.forward = make(module)
 
     def remove(self) -> None:
         """Give every layer its own forward again; a second time it does nothing."""
@@ -444,7 +449,8 @@ def fuse(model: Any) -> Fusion:
     """Let an engine's steps do norm and RoPE of q and k of a Qwen3, RoPE of a Llama, within K0:
     one launch a layer from the projections to pages.
 
-    Only the forward of the attention layers of this model is replaced, and only steps of an engine take the other way:
+    On the cpu backend norms and SiLU of the layers are done in C++ as well (`kvkern.rows`). Only the forward of the attention
+    and decoder layers of this model is replaced, and only steps of an engine take the other way:
     publishing, `kvkern.generate` and plain forwards run the model's own. Weights, and with them the identity of documents,
     stay as they are. In fp32 numbers differ by rounding; in 16 bits fewer steps round on the triton backend.
 
@@ -468,7 +474,9 @@ def fuse(model: Any) -> Fusion:
                 needed="that of its class",
                 do="remove() what replaced it first",
             )
-    return Fusion(modules)
+    plain = (module for module in model.modules() if type(module) in LAYERS and "forward" not in vars(module))
+    silu = getattr(model.config, "hidden_act", None) == "silu"
+    return Fusion([*modules, *(plain if silu else ())])
 
 
 class _Fused:
@@ -518,3 +526,24 @@ class _Fused:
             backend=past_key_values.backend,
         )
         return module.o_proj(o.flatten(1)[None]), None
+
+
+class _FusedLayer:
+    """The forward of one decoder layer: on the cpu backend its norms, the sum before the second, and SiLU are row kernels."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Tensor:
+        module = self.module
+        takes = type(past_key_values) is StepCache and not module.training and not args
+        if not takes or choose(past_key_values.backend, hidden_states.device).name != "cpu":
+            result: Tensor = type(module).forward(
+                module, hidden_states, *args, past_key_values=past_key_values, **kwargs
+            )
+            return result
+        first, second, mlp = module.input_layernorm, module.post_attention_layernorm, module.mlp
+        normed, x = rms_norm(hidden_states[0], first.weight, first.variance_epsilon)
+        attended, _ = module.self_attn(normed[None], past_key_values=past_key_values, **kwargs)
+        normed, x = rms_norm(attended[0], second.weight, second.variance_epsilon, residual=x)
+        return (x + mlp.down_proj(silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed))))[None]

@@ -203,10 +203,14 @@ def test_a_fused_engine_answers_as_before_and_takes_the_fused_way(
     calls = []
     inner = qwen3.fused_attention
     monkeypatch.setattr(qwen3, "fused_attention", lambda *a, **o: calls.append(o["layer"]) or inner(*a, **o))
+    norms = []
+    inner_norm = qwen3.rms_norm
+    monkeypatch.setattr(qwen3, "rms_norm", lambda *a, **o: norms.append(1) or inner_norm(*a, **o))
     with qwen3.fuse(model):
         assert {n: t.data_ptr() for n, t in model.state_dict().items()} == state
         assert answers(model, backend) == before
         assert {0, 1} == set(calls)
+        assert bool(norms) == (backend == "cpu")
         assert [answers(model, backend, [q])[0] for q in QUESTIONS[:2]] == before[:2]
         monkeypatch.setattr(
             qwen3, "fused_attention", lambda *a, **o: inner(*a[:5], *(t.roll(1, 0) for t in a[5:7]), *a[7:], **o)
