@@ -2,7 +2,8 @@
 
 Here shapes, dtypes and devices are checked, and outputs made; csrc checks every index that it follows. All functions take
 `instruction_set`, a name in `_C.instruction_sets()`; left out, it is that of KVKERN_ISA, or the best that runs here. "avx2"
-multiplies and adds in one rounding, "portable" on x86-64 in two, so their bits differ.
+and "avx512" have the same bits, "avx512bf16" too but for bf16, whose products it takes in pairs; "portable" on x86-64 multiplies
+and adds in two roundings, so its bits differ.
 """
 
 from __future__ import annotations
