@@ -34,9 +34,12 @@ class Backend(NamedTuple):
 def choose(name: str | None, device: torch.device | str) -> Backend:
     """The backend of this name on this device; by default Triton on CUDA, csrc on the CPU, torch elsewhere.
 
-    Raises BackendError for a name that is unknown or cannot run here.
+    Raises BackendError for a name that is unknown or cannot run here, and on the CPU for a KVKERN_ISA that cannot.
     """
-    return _choose(name, torch.device(device).type, interpreted())
+    chosen = _choose(name, torch.device(device).type, interpreted())
+    if chosen.name == "cpu":
+        native.instruction_set()  # the environment may have changed since: never from the cache
+    return chosen
 
 
 def interpreted() -> bool:

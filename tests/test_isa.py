@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from kvkern import _C, cli, native
+from kvkern import _C, backends, cli, native
 from kvkern.errors import BackendError
 from kvkern.plain import State
 
@@ -72,6 +72,17 @@ def test_one_that_is_unknown_or_that_the_cpu_lacks_is_refused(name, monkeypatch,
             call()
         assert (refused.value.field, refused.value.found) == ("KVKERN_ISA", name) and "unset it" in refused.value.do
     assert not asked_for
+
+
+def test_the_choice_of_the_cpu_backend_is_refused_and_control_another_backend_is_not(monkeypatch):
+    monkeypatch.delenv("KVKERN_ISA", raising=False)
+    assert backends.choose(None, "cpu").name == "cpu"  # in the cache from here on
+    monkeypatch.setenv("KVKERN_ISA", "mmx")
+    for name in (None, "cpu"):
+        with pytest.raises(BackendError, match="runs here") as refused:
+            backends.choose(name, "cpu")
+        assert refused.value.field == "KVKERN_ISA"
+    assert backends.choose("torch", "cpu").name == "torch"
 
 
 def test_env_says_which_is_in_use_and_whether_it_was_forced(monkeypatch, capsys):
