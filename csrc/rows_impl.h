@@ -75,9 +75,9 @@ inline Vec exp_of(Vec x) {
     const Vec t = bounded * set1(0x1.715476p+0f) + magic;
     const Vec n = t - magic;
     const Vec rest = (bounded - n * set1(0x1.63p-1f)) + n * set1(0x1.bd0106p-13f);  // ln 2, whose first part is exact times n
-    // Two factors: n may be 128.
-    const Vec y = exp2(rest * set1(0x1.715476p+0f));
-    const Vec e = y * exp2(n - set1(1.0f)) * set1(2.0f);
+    // t holds n in its lowest bits. Two factors: n may be 128.
+    const Vec half = (Vec)(((IVec)t + 126) << 23);
+    const Vec e = exp2(rest * set1(0x1.715476p+0f)) * half * set1(2.0f);
     return x > set1(88.72283f) ? set1(INF) : e;
 }
 
