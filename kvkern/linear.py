@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from kvkern.errors import CapacityError, RequestError, UnsupportedError
 
-BUCKETS = (4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
-HEAD_BUCKETS = (4, 8, 16, 32, 64, 128)
+BUCKETS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""At most half as many rows again as are wanted, from 8 on: a linear layer's time follows its rows from some 16 on."""
+HEAD_BUCKETS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Fewer for the output projection: it alone is most of the work, and with 128 rows a GEMM is as fast per row as with 512."""
 
 

@@ -20,9 +20,10 @@ import torch
 import kvkern
 from kvkern import _C, native, qwen3
 from kvkern.kernels.oracle import attend_fp64
+from kvkern.linear import RoundingClass
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-OWN = ("harness", "peers", "bench_layer", "bench_engine", "plot", "report", "fma_peak")
+OWN = ("harness", "peers", "bench_layer", "bench_engine", "bench_linear", "plot", "report", "fma_peak")
 SHAPE = ["--tiny", "--heads", "4", "2", "64", "--dtype", "bfloat16", "--samples", "3", "--device", "cpu"]
 ENGINE = ["--tiny", "--samples", "3", "--device", "cpu"]
 
@@ -725,3 +726,26 @@ def test_an_operator_that_torch_no_longer_has_is_a_reason(scripts: Any) -> None:
     with pytest.raises(NotImplementedError, match="has no operator aten::_no_such"):
         peers.aten("_no_such")
     assert issubclass(NotImplementedError, scripts["bench_layer"].FAILURES)
+
+
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_go_to_the_buckets_that_an_engine_takes(scripts):
+    forwards, rounding = scripts["bench_linear"].forwards, RoundingClass((4, 16), {})
+    assert [forwards(rounding, rows) for rows in (1, 4, 5, 16, 17, 37)] == [[4], [4], [16], [16], [16, 4], [16, 16, 16]]
+
+
+def test_a_run_over_linear_layers_is_taken_up_again_and_makes_a_table(scripts, tmp_path):
+    run = scripts["bench_linear"]
+    options = ("--quick", "--samples", "2", "--cell-seconds", "0", "--device", "cpu")
+    first = Ran(run, tmp_path, *options)
+    assert [r["shape"]["rows"] for r in first.results] == [*run.QUICK, *run.QUICK]
+    for result in first.results:
+        assert sum(result["bucket"]) >= result["shape"]["rows"] and set(result["bucket"]) <= set(result["buckets"])
+        medians = {name: statistics.median(samples) for name, samples in result["seconds"].items()}
+        assert result["ratio"] == medians["bucket"] / medians["free"]
+    assert Ran(run, tmp_path, *options).results == first.results
+    lines = run.table(tmp_path / "linear.json")
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["float32", "bfloat16"]
+    assert f"{first.results[0]['ratio']:.2f}x" in lines[2]
