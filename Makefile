@@ -64,6 +64,8 @@ lint: $(VENV)/packages
 
 bench: $(VENV)/built
 	set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@echo "== bench/instruction_counts.py"
+	$(BIN)/python bench/instruction_counts.py --check
 
 clean:
 	rm -rf build dist kvkern.egg-info kvkern/*.so $(VENV)/built $(VENV36)/built
