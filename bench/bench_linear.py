@@ -13,10 +13,8 @@ engine does it when it starts, and kept with the seconds that it took.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,33 +111,6 @@ def main() -> None:
                 )
             bench.save()
     bench.finish()
-
-
-def table(path: Path) -> list[str]:
-    """Of each model and dtype: the class, and how many times as long its buckets take."""
-    file = json.loads(path.read_text())
-    lines = [
-        "| model | dtype | buckets | outside | " + " | ".join(f"{n} rows" for n in QUICK) + " | most, from 4 rows on |"
-    ]
-    lines.append("|---|---|---|---|" + "---|" * (len(QUICK) + 1))
-    for model in MODELS:
-        for dtype in DTYPES:
-            cells = {
-                r["shape"]["rows"]: r
-                for r in file["results"]
-                if r["shape"]["model"] == model and r["shape"]["dtype"] == dtype
-            }
-            if not cells:
-                continue
-            one = next(iter(cells.values()))
-            worst = max((r for n, r in cells.items() if n >= 4), key=lambda r: r["ratio"])
-            ratios = (f"{cells[n]['ratio']:.2f}x" if n in cells else "not measured" for n in QUICK)
-            outside = ", ".join(one["outside"]) or "none"
-            lines.append(
-                f"| {model} | {dtype} | {', '.join(map(str, one['buckets']))} | {outside} | {' | '.join(ratios)} | "
-                f"{worst['ratio']:.2f}x at {worst['shape']['rows']} |"
-            )
-    return lines
 
 
 if __name__ == "__main__":

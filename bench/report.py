@@ -413,6 +413,42 @@ def curves(rows: list[dict[str, Any]], sets: list[str]) -> list[Curve]:
     return [curve for curve in found if curve.points]
 
 
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+
+LINEAR_ROWS = (1, 16, 33, 64, 257)
+"""Of those measured: alone, in a bucket of its own size, and just above the bucket before."""
+
+
+def linear_table(path: Path) -> list[str]:
+    """What padding rows to a bucket of the rounding class costs, by model and dtype."""
+    file = json.loads(path.read_text())
+    lines = [
+        "What bits that do not follow the batch cost in the linear layers: the time of one decoder layer's with rows padded to a bucket of "
+        "the rounding class, as many times that of just so many rows "
+        f"({file['machine']['threads']} threads of {file['machine']['cpu']}, medians). File: `{path.relative_to(ROOT)}`.",
+        "",
+        "| model | dtype | buckets | outside | "
+        + " | ".join(f"{n} row{'s' * (n > 1)}" for n in LINEAR_ROWS)
+        + " | most, from 4 rows on |",
+        "|---|---|---|---|" + "---|" * (len(LINEAR_ROWS) + 1),
+    ]
+    layers: dict[tuple[str, str], dict[int, Any]] = {}
+    for result in file["results"]:
+        shape = result["shape"]
+        layers.setdefault((shape["model"], shape["dtype"]), {})[shape["rows"]] = result
+    for (model, dtype), cells in layers.items():
+        one = next(iter(cells.values()))
+        ratios = [f"{cells[n]['ratio']:.2f}x" if n in cells else MISSING for n in LINEAR_ROWS]
+        worst = max((r for n, r in cells.items() if n >= 4), key=lambda r: r["ratio"])
+        buckets, outside = ", ".join(map(str, one["buckets"])), ", ".join(one["outside"]) or "none"
+        lines.append(
+            f"| {model} | {dtype} | {buckets} | {outside} | {' | '.join(ratios)} | "
+            f"{worst['ratio']:.2f}x with {worst['shape']['rows']} |"
+        )
+    return lines
+
+
 # -- all files ---------------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +469,7 @@ def tables() -> str:
     lines: list[str] = []
     on_gpu = False
     for path in result_files():
-        make = {"demo": demo_table, "prefix": prefix_table, "layer": layer_table}.get(path.stem)
+        make = {"demo": demo_table, "prefix": prefix_table, "layer": layer_table, "linear": linear_table}.get(path.stem)
         if make is not None:
             lines += [*make(path), ""]
             on_gpu |= make is layer_table and "gpu" in json.loads(path.read_text())["machine"]
