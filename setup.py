@@ -14,7 +14,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MAC = sys.platform == "darwin"
-CXXFLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wextra -pthread"
+STANDARD = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -pthread"
+WARNINGS = (
+    "-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wcast-qual -Wcast-align -Wundef -Wextra-semi"
+)
+# An error in CI alone: a newer compiler warns of more, and nobody's build shall end there.
+WERROR = "-Werror" if os.environ.get("KVKERN_WERROR", "0") == "1" else ""
+CXXFLAGS = f"{STANDARD} {WARNINGS} {WERROR}".rstrip()
 # A product and a sum are one rounding only where the source says so, never where the compiler likes. AVX2 and what comes
 # with it are for the one file that is chosen at run time by what the processor has.
 ROUNDING = "-ffp-contract=off -fno-math-errno"

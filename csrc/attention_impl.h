@@ -126,7 +126,7 @@ template <class V, int NV, class E, int KEYS>
 APART void score_block(const float* q, std::int64_t depth, const char* k, std::int64_t stride, const char* behind, float scale,
                        float* s) {
     constexpr int ROWS = NV * lanes<V>;
-    V sum[KEYS][NV];
+    Vecs<Vecs<V, NV>, KEYS> sum;
 #pragma GCC unroll 16
     for (int key = 0; key < KEYS; ++key)
 #pragma GCC unroll 3
@@ -134,7 +134,7 @@ APART void score_block(const float* q, std::int64_t depth, const char* k, std::i
 
     for (std::int64_t i = 0; i < depth; ++i) {
         __builtin_prefetch(behind + 4 * KEYS * i, 0, 2);
-        V row[NV];
+        Vecs<V, NV> row;
 #pragma GCC unroll 3
         for (int j = 0; j < NV; ++j) row[j] = at<V>(q + i * ROWS + j * lanes<V>);
 #pragma GCC unroll 16
@@ -168,7 +168,7 @@ APART void weigh(const float* p, int links, const Run& v, std::int64_t block, co
     constexpr int ROWS = NV * lanes<V>, DIMS = block_of(NV);
     const std::int64_t stride = v.stride;
     for (std::int64_t d = 0; d < head_dim; d += DIMS) {
-        V sum[DIMS][NV];
+        Vecs<Vecs<V, NV>, DIMS> sum;
 #pragma GCC unroll 16
         for (int i = 0; i < DIMS; ++i)
 #pragma GCC unroll 3
@@ -178,7 +178,7 @@ APART void weigh(const float* p, int links, const Run& v, std::int64_t block, co
         std::int64_t fetched = 4 * d * links;
         for (int link = 0; link < links; ++link, value += stride, fetched += 4 * DIMS) {
             __builtin_prefetch(next + min(fetched, next_size), 0, 2);
-            V row[NV];
+            Vecs<V, NV> row;
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) row[j] = at<V>(p + link * ROWS + j * lanes<V>);
 #pragma GCC unroll 16
@@ -230,7 +230,7 @@ inline void rescale(float* o, std::int64_t head_dim, const V* alpha) {
 template <class V, int NV, class E>
 APART void soften(float* s, int keys, float* m_ptr, float* l_ptr, V* alpha) {
     constexpr int ROWS = NV * lanes<V>;
-    V m[NV], pivot[NV], total[NV];
+    Vecs<V, NV> m, pivot, total;
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) m[j] = at<V>(m_ptr + j * lanes<V>);
     for (int key = 0; key < keys; ++key)
@@ -287,7 +287,7 @@ void step(const Tile& tile, std::int64_t head_dim, const Group& group, float sca
             score_run<V, NV, E, block_of(NV)>(group.q, head_dim / E::DEPTH, tile.k[run], tile.behind[run], 0, scale,
                                               s + first * ROWS);
         values();
-        Int<V> length[NV] = {};
+        Vecs<Int<V>, NV> length = {};
         for (int key = seen; key < tile.keys; ++key)
 #pragma GCC unroll 3
             for (int j = 0; j < NV; ++j) {
@@ -296,7 +296,7 @@ void step(const Tile& tile, std::int64_t head_dim, const Group& group, float sca
                 score = length[j] > key ? score : set1<V>(-INF);
             }
 
-        V alpha[NV];
+        Vecs<V, NV> alpha;
         soften<V, NV, E>(s, tile.keys, group.state.m, group.state.l, alpha);
         rescale<V, NV>(group.state.o, head_dim, alpha);
         first = 0;
@@ -307,7 +307,7 @@ void step(const Tile& tile, std::int64_t head_dim, const Group& group, float sca
             const float* p = s + first / E::DEPTH * ROWS;
             weigh<V, NV, E>(p, whole, v, tile.block, tile.next[run], tile.next_size[run], head_dim, group.state.o);
             for (int link = whole; link < links; ++link) {
-                Int<V> sees[NV];
+                Vecs<Int<V>, NV> sees;
 #pragma GCC unroll 3
                 for (int j = 0; j < NV; ++j) sees[j] = length[j] - (first + link * E::DEPTH);
                 weigh_seen<V, NV, E>(p + link * ROWS, v.data + link * v.stride, tile.block, head_dim, sees, group.state.o);
@@ -364,7 +364,7 @@ void fold(const Lanes& a, const Lanes& b, const Group& group, std::int64_t head_
     by_form(group, [&](auto form) {
         using V = typename decltype(form)::Vector;
         constexpr int NV = decltype(form)::NV;
-        V alpha[NV], beta[NV];
+        Vecs<V, NV> alpha, beta;
         for (int j = 0; j < NV; ++j) {
             const int i = j * lanes<V>;
             const V m_a = at<V>(a.m + i), m_b = at<V>(b.m + i), m = max(m_a, m_b), pivot = pivot_of(m);

@@ -41,6 +41,9 @@ template <class V>
 using Int = typename Integers<V>::Type;
 template <class V>
 constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(float));
+// The vectors that hold a row of a block side by side.
+template <class V, int N>
+using Vecs = V[static_cast<unsigned>(N)];
 
 constexpr float INF = __builtin_inff();
 
