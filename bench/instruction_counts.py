@@ -210,7 +210,7 @@ def main() -> int:
     print("\n".join(lines))
     print("\n".join(told) or f"{len(before)} committed figures: none grew by more than {GREW:.0%}")
     other = [f"{built[key]} here, {committed.get(key)} there" for key in built if committed.get(key) != built[key]]
-    if other:
+    if before and other:
         print(
             f"the committed figures are of another build ({'; '.join(other)}): growth need not be the source's, and is no failure"
         )
