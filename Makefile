@@ -1,6 +1,6 @@
 # make demo    the main job: publish a document, let 256 agents ask it, compare with from scratch
 # make test    the suite             make lint    ruff and mypy             make bench   every benchmark
-# make test-full   after it: its larger cases, the suite on another Triton, planted mistakes, and what no test enters
+# make test-full   after it: its larger cases, those of Triton on another one, planted mistakes, and what no test enters
 # make clean   what was built        make distclean   and the environments
 #
 # Needs python3 (3.11 or newer), g++ and make; what is missing is named before anything is downloaded. All else goes to
@@ -45,9 +45,9 @@ test-full: $(VENV)/built $(VENV36)/built
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
 	@echo "== 1 of 5: the larger cases"
 	$(TEST_ENV) $(COUNTED) $(BIN)/python -m coverage run $(PYTEST) -m full --durations=25 $(ARGS) $(TESTS)
-	@echo "== 2 of 5: the suite on Triton $(TRITON36)"
+	@echo "== 2 of 5: what depends on Triton, on $(TRITON36)"
 	$(TEST_ENV) $(COUNTED) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON36) KVKERN_EXPECT_TRITON=$(TRITON36) \
-	  $(VENV36)/bin/python -m coverage run $(PYTEST) -m "not full and not slow" --durations=10 $(ARGS) $(TESTS)
+	  $(VENV36)/bin/python -m coverage run $(PYTEST) -m "triton and not full and not slow" --durations=10 $(ARGS) $(TESTS)
 	@echo "== 3 of 5: csrc/ built with counters, and its tests"
 	$(TEST_ENV) $(BIN)/python .ci/native_coverage.py $(COVERAGE) -n $(WORKERS) --dist worksteal
 	@echo "== 4 of 5: planted mistakes, each of which a test has to see"

@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from helpers import CaseMaker
+from triton_users import uses_triton
 
 SEED_VARIABLE = "KVKERN_SEED"
 
@@ -31,8 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: begun last, it would be what all other workers wait for."""
+    """The longest first: begun last, it would be what all other workers wait for. And the marker triton, where it belongs."""
+    for item in items:
+        if uses_triton(item.path):
+            item.add_marker("triton")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -145,9 +145,10 @@ def test_no_temporary_file_is_left(done):
 )
 @pytest.mark.parametrize("agents", [4, pytest.param(16, marks=pytest.mark.full)])
 def test_the_real_model_and_document_give_the_tokens_of_from_scratch(capsys, agents):
-    result = demo.run(agents=agents, new_tokens=24, compared=agents, device="cpu")
+    # Each answer from scratch reads the whole document: four take longer than all else here.
+    result = demo.run(agents=agents, new_tokens=24, compared=4, device="cpu")
     assert result.document_tokens == 3774
-    assert result.compared_agents == result.questions == agents
+    assert (result.questions, result.compared_agents) == (agents, 4)
     assert result.token_exact == 1.0
     assert result.control_tokens_equal < 0.7
     said = capsys.readouterr().out

@@ -36,9 +36,17 @@ from kvkern.prefix import SharedPrefix
 INSTRUCTION_SETS = _C.instruction_sets()
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(
+    params=[
+        isa if isa in (INSTRUCTION_SETS[0], "portable") else pytest.param(isa, marks=pytest.mark.full)
+        for isa in INSTRUCTION_SETS
+    ]
+)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name that attend is given: "cpu", made to run on this instruction set."""
+    """The name that attend is given: "cpu", made to run on this instruction set; on those between the two ends in test-full.
+
+    They are the same source, and test_native_bits takes all of them.
+    """
     functions = [
         partial(f, instruction_set=request.param)
         for f in (native.prefix_attention, native.suffix_attention, native.merge)
