@@ -7,6 +7,7 @@ once and waiting ones join. The bits of an answer depend on the agent's path and
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kvkern import cost, qwen3
 from kvkern.backends import choose
-from kvkern.errors import CapacityError, KvkernError, RequestError
+from kvkern.errors import CapacityError, KvkernError, RequestError, UnsupportedError
 from kvkern.geometry import PAGE
 from kvkern.identity import model_geometry, tokenizer_digest
 from kvkern.linear import Rounding, measure
@@ -97,8 +98,11 @@ class Engine:
     max_queue          questions that may wait; None: any number
     invariant          pad forwards to buckets of the measured rounding class, so that bits do not depend on the batch
     backend            "triton", "cpu" or "torch"; by default the device decides
+    fused              True: steps take the way of `kvkern.qwen3.fuse`, norms and RoPE in the project's kernels; False: the model's
+                       own forward; None: True on the cpu backend for a Qwen3 or Llama, elsewhere where `fuse(model)` is in force
     debug              poison freed pages
 
+    What fused changes in the model only this engine's steps see, and it is taken back when the engine is collected.
     Raises UnsupportedError or DeviceError for a model or tokenizer that the kernels cannot serve, CapacityError for a budget
     that holds no page, RequestError for a limit below 1.
     """
@@ -114,6 +118,7 @@ class Engine:
         max_queue: int | None = None,
         invariant: bool = True,
         backend: str | None = None,
+        fused: bool | None = None,
         debug: bool = False,
     ) -> None:
         self.device = qwen3.check_model(model)
@@ -135,6 +140,7 @@ class Engine:
                 needed=f"at least {cost.render_bytes(page_bytes)}, one page of 16 tokens",
                 do="give the engine more memory",
             )
+        self.fused, self.fused_why = self._fuse(fused)
         self.rounding: Rounding | None = measure(model) if invariant else None
         self.pool = PagePool(
             self.geometry,
@@ -158,6 +164,21 @@ class Engine:
         self._plans: dict[tuple[AgentRows, ...], Plan] = {}
         # Any 4-D mask is handed on as it is, so transformers builds none and asks the device nothing.
         self._mask = torch.empty((1, 1, 1, 1), device=self.device)
+
+    def _fuse(self, fused: bool | None) -> tuple[bool | None, str]:
+        """Whether steps are fused, None where a user's `fuse` decides, and why."""
+        if fused is False:
+            return False, "not wanted"
+        if fused is None and self.backend.name != "cpu":
+            return None, f"as kvkern.qwen3.fuse(model) says, on the {self.backend.name} backend"
+        try:
+            fusion = qwen3.fuse(self.model, everyone=False)
+        except UnsupportedError as error:
+            if fused:
+                raise
+            return False, f"{error.field}: found {error.found}"
+        weakref.finalize(self, fusion.remove).atexit = False
+        return True, "wanted" if fused else "by default on the cpu backend"
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -387,7 +408,7 @@ class Engine:
             torch.tensor([ids], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
             attention_mask=self._mask,
-            past_key_values=qwen3.StepCache(plan, backend=self.backend.name),
+            past_key_values=qwen3.StepCache(plan, backend=self.backend.name, fused=self.fused),
             use_cache=True,
             logits_to_keep=torch.tensor(wanted, device=self.device),
         ).logits[0]
@@ -486,7 +507,7 @@ class Engine:
         check_document(document, self.model, tokenizer_digest=self._tokenizer_digest)
 
     def describe(self) -> dict[str, Any]:
-        """What the engine has to work with: agents, pages, bytes, backend and rounding class."""
+        """What the engine has to work with: agents, pages, bytes, backend, fused steps and rounding class."""
         return {
             "max_agents": self.scheduler.max_agents,
             "pages": self.pool.num_pages,
@@ -495,6 +516,8 @@ class Engine:
             "suffix_tokens": self.pool.num_pages * PAGE,
             "backend": self.backend.name,
             "backend_why": self.backend.why,
+            "fused": self.fused,
+            "fused_why": self.fused_why,
             "rounding": self.rounding.describe() if self.rounding is not None else "not measured (invariant=False)",
         }
 

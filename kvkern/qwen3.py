@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
+from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 
 from kvkern.attention import fused_attention, shared_prefix_attention
 from kvkern.backends import choose
@@ -201,11 +202,14 @@ class CarrierCache(Cache):
 
 
 class StepCache(CarrierCache):
-    """One packed step [1, T] of an engine: the rows of a begun plan, in its order."""
+    """One packed step [1, T] of an engine: the rows of a begun plan, in its order.
 
-    def __init__(self, plan: Plan, *, backend: str | None = None) -> None:
+    fused  whether layers that `fuse` has changed take the fused way; None: where a user's `fuse(model)` is in force
+    """
+
+    def __init__(self, plan: Plan, *, backend: str | None = None, fused: bool | None = None) -> None:
         super().__init__(plan.pool.geometry.layers)
-        self.plan, self.backend = plan, backend
+        self.plan, self.backend, self.fused = plan, backend, fused
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> Tensor:
         q_rows, k_rows, v_rows = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
@@ -419,23 +423,40 @@ def _suffix_pool(geometry: Geometry, rows: int, capacity: int, device: torch.dev
 # -- norm, RoPE and append in one launch -------------------------------------------------------------------------------
 
 
+ATTENTIONS = (Qwen3Attention, LlamaAttention)
 LAYERS = (Qwen3DecoderLayer, LlamaDecoderLayer)
+INNER = frozenset({Qwen3RMSNorm, LlamaRMSNorm, Qwen3MLP, LlamaMLP, SiLUActivation, nn.SiLU})
+"""Modules that a fused step does the work of, without calling them."""
 
 
 class Fusion:
-    """What `fuse` has changed in a model: `remove()`, or the end of a with block, takes it back."""
+    """What `fuse` has changed in a model: `remove()`, or the end of a with block, takes it back.
 
-    def __init__(self, modules: Sequence[Any]) -> None:
+    everyone  steps of every engine take the fused way that does not say otherwise; else those that ask for it alone
+
+    Several may hold one model: a layer gets its own forward again with the last of them.
+    """
+
+    def __init__(self, modules: Sequence[Any], *, everyone: bool = True) -> None:
         self.modules = tuple(modules)
         for module in self.modules:
-            make = _FusedLayer if type(module) in LAYERS else _Fused
-            # On the instance, beside its weights: neither its class nor its state_dict sees it.
-            module.forward = make(module)
+            forward = vars(module).get("forward") or (_FusedLayer if type(module) in LAYERS else _Fused)(module)
+            forward.holders.add(self)
+            if everyone:
+                forward.everyone.add(self)
+            # On the instance, beside its weights: neither its class nor its state_dict sees it. After the hold, since a
+            # collected engine may have let go in between.
+            module.forward = forward
 
     def remove(self) -> None:
-        """Give every layer its own forward again; a second time it does nothing."""
+        """Let go of every layer; a second time it does nothing."""
         for module in self.modules:
-            vars(module).pop("forward", None)
+            forward = vars(module).get("forward")
+            if isinstance(forward, _Forward):
+                forward.holders.discard(self)
+                forward.everyone.discard(self)
+                if not forward.holders:
+                    vars(module).pop("forward", None)
         self.modules = ()
 
     def __enter__(self) -> Fusion:
@@ -445,7 +466,7 @@ class Fusion:
         self.remove()
 
 
-def fuse(model: Any) -> Fusion:
+def fuse(model: Any, *, everyone: bool = True) -> Fusion:
     """Let an engine's steps do norm and RoPE of q and k of a Qwen3, RoPE of a Llama, within K0:
     one launch a layer from the projections to pages.
 
@@ -454,10 +475,15 @@ def fuse(model: Any) -> Fusion:
     publishing, `kvkern.generate` and plain forwards run the model's own. Weights, and with them the identity of documents,
     stay as they are. In fp32 numbers differ by rounding; in 16 bits fewer steps round on the triton backend.
 
-    Raises UnsupportedError for another model than Qwen3 or Llama, one that is fused already, and all that `check_model` refuses.
+    everyone  True: steps of every engine but those made with fused=False; False: of engines that ask for it alone
+
+    A step calls the projections, but no longer the norms and activations, of such a layer; where one of these has hooks, or is
+    of another class than transformers', the layer runs its own forward. On the cpu backend an `Engine` does this by itself.
+    Raises UnsupportedError for another model than Qwen3 or Llama, one whose attention forward something else has replaced, and
+    all that `check_model` refuses.
     """
     check_model(model)
-    modules = [module for module in model.modules() if type(module) in (Qwen3Attention, LlamaAttention)]
+    modules = [module for module in model.modules() if type(module) in ATTENTIONS]
     layers = int(model.config.num_hidden_layers)
     if len(modules) != layers:
         raise UnsupportedError(
@@ -467,23 +493,55 @@ def fuse(model: Any) -> Fusion:
             do="leave this model as it is: it runs without fuse",
         )
     for module in modules:
-        if "forward" in vars(module):
+        if _replaced(module):
             raise UnsupportedError(
                 "model.attention.forward",
                 found="one that was replaced already",
                 needed="that of its class",
                 do="remove() what replaced it first",
             )
-    plain = (module for module in model.modules() if type(module) in LAYERS and "forward" not in vars(module))
+    plain = (module for module in model.modules() if type(module) in LAYERS and not _replaced(module))
     silu = getattr(model.config, "hidden_act", None) == "silu"
-    return Fusion([*modules, *(plain if silu else ())])
+    return Fusion([*modules, *(plain if silu else ())], everyone=everyone)
 
 
-class _Fused:
-    """The forward of one attention layer. Not a module: the layer it serves must not become its own child."""
+class _Forward:
+    """In place of a layer's forward. Not a module: the layer it serves must not become its own child.
+
+    holders   Fusions that want it here; everyone  those of them that serve steps which ask for nothing
+    """
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self.holders: set[Fusion] = set()
+        self.everyone: set[Fusion] = set()
+
+    def takes(self, cache: Any, x: Tensor, *inner: Any) -> bool:
+        """Whether this call is a step that goes the fused way, and no one would miss a call of these modules within."""
+        return (
+            type(cache) is StepCache
+            and (bool(self.everyone) if cache.fused is None else cache.fused)
+            and not self.module.training
+            and all(module is None or _plain(module, x.dtype) for module in inner)
+        )
+
+
+def _replaced(module: Any) -> bool:
+    """Whether something else than a Fusion has put a forward on the instance."""
+    return not isinstance(vars(module).get("forward"), _Forward | None)
+
+
+def _plain(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a module does in this dtype what its class of transformers does, and nothing listens."""
+    own = vars(module)
+    if type(module) not in INNER or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        return False
+    weight = own["_parameters"].get("weight")
+    return weight is None or weight.dtype == dtype
+
+
+class _Fused(_Forward):
+    """The forward of one attention layer."""
 
     def __call__(
         self,
@@ -495,7 +553,7 @@ class _Fused:
     ) -> tuple[Tensor, Tensor | None]:
         module = self.module
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
-        takes = type(past_key_values) is StepCache and not module.training
+        takes = self.takes(past_key_values, hidden_states, q_norm, k_norm)
         # The triton kernel has no form without norm.
         if not takes or (q_norm is None and choose(past_key_values.backend, hidden_states.device).name == "triton"):
             result: tuple[Tensor, Tensor | None] = type(module).forward(
@@ -528,21 +586,19 @@ class _Fused:
         return module.o_proj(o.flatten(1)[None]), None
 
 
-class _FusedLayer:
+class _FusedLayer(_Forward):
     """The forward of one decoder layer: on the cpu backend its norms, the sum before the second, and SiLU are row kernels."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
 
     def __call__(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Tensor:
         module = self.module
-        takes = type(past_key_values) is StepCache and not module.training and not args
+        first, second, mlp = module.input_layernorm, module.post_attention_layernorm, module.mlp
+        inner = first, second, mlp, getattr(mlp, "act_fn", None)
+        takes = not args and self.takes(past_key_values, hidden_states, *inner)
         if not takes or choose(past_key_values.backend, hidden_states.device).name != "cpu":
             result: Tensor = type(module).forward(
                 module, hidden_states, *args, past_key_values=past_key_values, **kwargs
             )
             return result
-        first, second, mlp = module.input_layernorm, module.post_attention_layernorm, module.mlp
         normed, x = rms_norm(hidden_states[0], first.weight, first.variance_epsilon)
         attended, _ = module.self_attn(normed[None], past_key_values=past_key_values, **kwargs)
         normed, x = rms_norm(attended[0], second.weight, second.variance_epsilon, residual=x)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits
-from models import QUESTIONS, TEXT, tiny_model, tiny_tokenizer
+from models import QUESTIONS, TEXT, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from test_attention import PLANS, Compiled, Step
+from test_exact_engine import Recorder, only
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted, repair
 
@@ -184,9 +185,11 @@ def test_compiled_the_fused_operator_has_the_eager_bits_and_a_new_plan_does_not_
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def answers(model: Any, backend: str, questions: Any = QUESTIONS[:4]) -> list[tuple[int, ...]]:
+def answers(
+    model: Any, backend: str, questions: Any = QUESTIONS[:4], *, fused: bool | None = None
+) -> list[tuple[int, ...]]:
     with kvkern.publish(model, tiny_tokenizer(), TEXT) as doc:
-        engine = Engine(model, tiny_tokenizer(), memory_bytes=1 << 20, backend=backend, debug=True)
+        engine = Engine(model, tiny_tokenizer(), memory_bytes=1 << 20, backend=backend, fused=fused, debug=True)
         return [a.token_ids for a in engine.ask(doc, questions, ordered=True, max_new_tokens=5, eos_token_id=[])]
 
 
@@ -199,7 +202,7 @@ def test_a_fused_engine_answers_as_before_and_takes_the_fused_way(
     for name, weight in model.named_parameters():
         if "_norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    before, state = answers(model, backend), {n: t.data_ptr() for n, t in model.state_dict().items()}
+    before, state = answers(model, backend, fused=False), {n: t.data_ptr() for n, t in model.state_dict().items()}
     calls = []
     inner = qwen3.fused_attention
     monkeypatch.setattr(qwen3, "fused_attention", lambda *a, **o: calls.append(o["layer"]) or inner(*a, **o))
@@ -216,15 +219,20 @@ def test_a_fused_engine_answers_as_before_and_takes_the_fused_way(
             qwen3, "fused_attention", lambda *a, **o: inner(*a[:5], *(t.roll(1, 0) for t in a[5:7]), *a[7:], **o)
         )
         assert answers(model, backend) != before, "control: angles of another row"
-    calls.clear()
-    assert answers(model, backend) == before and not calls
+        calls.clear()
+        assert answers(model, backend, fused=False) == before
+    assert answers(model, backend, fused=False) == before and not calls
+    monkeypatch.setattr(qwen3, "fused_attention", lambda *a, **o: calls.append(o["layer"]) or inner(*a, **o))
+    assert answers(model, backend) == before and bool(calls) == (backend == "cpu")
+    assert not replaced(model)
 
 
 def test_what_cannot_be_fused_is_refused_by_name() -> None:
     model = tiny_model()
-    fusion = qwen3.fuse(model)
+    other = tiny_model()
+    other.model.layers[1].self_attn.forward = other.model.layers[1].self_attn.forward
     refused = (
-        (model, "model.attention.forward"),
+        (other, "model.attention.forward"),
         (tiny_model("mistral"), "model.attention"),
         (tiny_model(attention="sdpa"), "attn_implementation"),
         (tiny_model().train(), "model.training"),
@@ -233,10 +241,131 @@ def test_what_cannot_be_fused_is_refused_by_name() -> None:
         with pytest.raises(UnsupportedError) as caught:
             qwen3.fuse(made)
         assert caught.value.field == field
-    fusion.remove()
-    fusion.remove()
-    qwen3.fuse(model).remove()
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert replaced(other) == {1}, "what someone else put there stays"
+    fusions = [qwen3.fuse(model), qwen3.fuse(model, everyone=False)]
+    for fusion in fusions:
+        assert replaced(model) == {0, 1}
+        fusion.remove()
+        fusion.remove()
+    assert not replaced(model)
+
+
+def replaced(model: Any) -> set[int]:
+    """Layers in which some forward is on the instance."""
+    return {i for i, layer in enumerate(model.model.layers) for m in layer.modules() if "forward" in vars(m)}
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int], new: int) -> tuple[int, ...]:
+    """transformers from scratch, token by token."""
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(tokens[-new:])
+
+
+def engine_of(model: Any, **options: Any) -> Engine:
+    return Engine(model, tiny_tokenizer(), memory_bytes=1 << 20, backend="cpu", debug=True, **options)
+
+
+def test_engines_over_one_model_go_their_own_ways_and_the_last_one_takes_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calls = tiny_model("llama"), []
+    inner = qwen3.fused_attention
+    monkeypatch.setattr(qwen3, "fused_attention", lambda *a, **o: calls.append(1) or inner(*a, **o))
+    with kvkern.publish(model, tiny_tokenizer(), TEXT) as doc:
+        prompts = [doc.token_ids.tolist() + doc.question_ids(q, {}) for q in QUESTIONS[:3]]
+
+        def ask(engine: Engine) -> tuple[list[tuple[int, ...]], bool]:
+            calls.clear()
+            asked = engine.ask(doc, QUESTIONS[:3], ordered=True, max_new_tokens=5, eos_token_id=[])
+            return [answer.token_ids for answer in asked], bool(calls)
+
+        expected = [greedy(model, prompt, 5) for prompt in prompts]
+        engines = {fused: engine_of(model, fused=fused) for fused in (None, False, True)}
+        assert {fused: engine.describe()["fused"] for fused, engine in engines.items()} == {
+            None: True,
+            False: False,
+            True: True,
+        }
+        for fused in (None, False, True, False):
+            assert ask(engines[fused]) == (expected, fused is not False)
+        calls.clear()
+        assert greedy(model, prompts[0], 5) == expected[0] and not calls
+        del engines[None]
+        assert replaced(model) == {0, 1} and ask(engines[True]) == (expected, True)
+        with qwen3.fuse(model):
+            del engines[True]
+            assert replaced(model) == {0, 1} and ask(engines[False]) == (expected, False)
+        assert not replaced(model) and ask(engines[False]) == (expected, False)
+
+
+def test_an_engine_that_others_fuse_around_asks_for_nothing_on_another_backend() -> None:
+    model = tiny_model()
+    mine = engine_of(model)
+    torch_engine = Engine(model, tiny_tokenizer(), memory_bytes=1 << 20, backend="torch")
+    assert (mine.fused, torch_engine.fused) == (True, None)
+    forward = model.model.layers[0].self_attn.forward
+    assert not forward.everyone
+    with qwen3.fuse(model):
+        assert forward.everyone
+    assert not forward.everyone and replaced(model) == {0, 1}
+
+
+def test_a_model_without_a_fused_form_is_served_and_refused_only_where_it_is_wanted() -> None:
+    model = tiny_model("qwen2")
+    engine = engine_of(model)
+    assert engine.describe()["fused"] is False and "model.attention" in engine.describe()["fused_why"]
+    with pytest.raises(UnsupportedError) as caught:
+        engine_of(model, fused=True)
+    assert caught.value.field == "model.attention" and not replaced(model)
+
+
+def test_a_layer_whose_inner_modules_are_heard_or_changed_runs_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inner = tiny_model(), qwen3.rms_norm
+    heard: list[int] = []
+    norms: list[int] = []
+    monkeypatch.setattr(qwen3, "rms_norm", lambda *a, **o: norms.append(1) or inner(*a, **o))
+    expected = answers(model, "cpu")
+    whole = len(norms)
+    layer = model.model.layers[0]
+    for module in (layer.mlp, layer.mlp.act_fn, layer.input_layernorm, layer.post_attention_layernorm):
+        handle = module.register_forward_hook(lambda *_: heard.append(1))
+        with kvkern.publish(model, tiny_tokenizer(), TEXT) as doc:
+            engine = engine_of(model)
+            heard.clear()
+            norms.clear()
+            asked = engine.ask(doc, QUESTIONS[:4], ordered=True, max_new_tokens=5, eos_token_id=[])
+            assert [answer.token_ids for answer in asked] == expected
+        assert len(heard) * 2 == len(norms) == whole // 2, "one layer of two"
+        handle.remove()
+    layer.input_layernorm.double()
+    layer.input_layernorm.forward = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:])
+    assert answers(model, "cpu") == expected, "a norm of another dtype and forward is called"
+
+
+def test_a_fused_llama_has_the_same_bits_alone_among_others_and_joining_late(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16, seed=seed)
+    questions = {i: torch.randint(VOCAB_SIZE, (1 + 3 * i,)).tolist() for i in range(14)}
+    with kvkern.publish(model, tiny_tokenizer(), list(range(150))) as doc:
+        few = Recorder(model, backend="cpu", fused=True, max_agents=3)
+        among = few.run(doc, questions, 5)
+        for i in (0, 5, 13):
+            alone = Recorder(model, backend="cpu", fused=True).run(doc, {i: questions[i]}, 5)
+            assert_same_bits(alone[i], among[i], f"logits[{i}]")
+        inner = qwen3.rms_norm
+        monkeypatch.setattr(
+            qwen3, "rms_norm", lambda x, weight, eps, **o: inner(x, weight, eps * (1 + 1e4 * (x.shape[0] > 8)), **o)
+        )
+        wrong = Recorder(model, backend="cpu", fused=True, max_agents=3).run(doc, only(questions, 0, 1, 2), 1)
+        with pytest.raises(AssertionError, match=r"logits\[0\]"):
+            assert_same_bits(wrong[0], among[0][:1], "logits[0]")
 
 
 def test_every_backend_has_the_fused_form() -> None:

@@ -76,6 +76,39 @@ def test_a_row_has_the_same_bits_among_any_on_any_threads_and_nan_stays_in_its_o
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_any_number_of_rows_up_to_130_on_1_2_and_4_threads_gives_each_row_its_bits(isa: str) -> None:
+    x, up = (torch.randn(130, 77) for _ in range(2))
+    weight, was = torch.rand(77), torch.get_num_threads()
+
+    def run(n: int) -> tuple[Tensor, ...]:
+        return *rows.rms_norm(x[:n], weight, EPS, residual=up[:n], isa=isa), rows.silu_mul(x[:n], up[:n], isa=isa)
+
+    try:
+        torch.set_num_threads(1)
+        whole = run(130)
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for n in range(1, 131):
+                for name, found, expected in zip(("norm", "sum", "gate"), run(n), whole, strict=True):
+                    assert_same_bits(found, expected[:n], f"{name} of {n} rows")
+    finally:
+        torch.set_num_threads(was)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_instruction_sets_with_fma_agree_in_every_bit(dtype: torch.dtype) -> None:
+    x, up, weight = strided(9, 577, dtype), strided(9, 577, dtype), torch.rand(577).to(dtype)
+    found = {
+        isa: (rows.rms_norm(x, weight, EPS, isa=isa)[0], rows.silu_mul(x * 8, up, isa=isa))
+        for isa in ISAS
+        if isa != "portable"
+    }
+    for isa, parts in found.items():
+        for name, part, expected in zip(("norm", "gate"), parts, next(iter(found.values())), strict=True):
+            assert_same_bits(part, expected, f"{name} with {isa}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 def test_append_fused_is_that_of_plain(isa: str, dtype: torch.dtype, head_dim: int) -> None:
