@@ -31,7 +31,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import kvkern
-from kvkern import cost, qwen3
+from kvkern import cost
 from kvkern.identity import model_geometry
 
 AGENTS, DOCUMENTS = (1024, 64, 4096, 1, 256), (3774, 32768)
@@ -74,7 +74,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--documents", type=int, nargs="+", default=None, help="these document lengths alone, in tokens"
     )
-    parser.add_argument("--fuse", action="store_true", help="norm and RoPE within K0 (qwen3.fuse)")
+    parser.add_argument("--fuse", action="store_true", help="Engine(fused=True): norm and RoPE within K0")
     parser.add_argument("--no-invariant", dest="invariant", action="store_false", help="forwards of free shapes")
     parser.add_argument("--seconds", type=float, default=120.0, help="no cell begins after these")
 
@@ -107,12 +107,12 @@ def draw(count: int, vocab_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def check(model: Any, tokenizer: Any, backend: str | None, *, invariant: bool) -> None:
+def check(model: Any, tokenizer: Any, backend: str | None, *, invariant: bool, fused: bool) -> None:
     """Raise WrongResult where a first token is not, up to rounding, what the model says under torch's attention."""
     size = model.config.vocab_size
     ids, questions = draw(200, size), [draw(QUESTION + n, size) for n in range(3)]
     with kvkern.publish(model, None, ids) as document:
-        engine = kvkern.Engine(model, tokenizer, max_agents=4, invariant=invariant, backend=backend)
+        engine = kvkern.Engine(model, tokenizer, max_agents=4, invariant=invariant, backend=backend, fused=fused)
         answers = list(engine.ask(document, questions, ordered=True, max_new_tokens=1, do_sample=False))
     model.set_attn_implementation("sdpa")
     try:
@@ -161,6 +161,7 @@ def measure(bench: Bench, model: Any, tokenizer: Any, document: kvkern.Document,
         max_extend_tokens=most,
         invariant=chosen.invariant,
         backend=chosen.backend,
+        fused=chosen.fuse,
     )
     requests = [
         engine.submit(document, draw(QUESTION, size), index=i, max_new_tokens=new_tokens, do_sample=False)
@@ -221,9 +222,7 @@ def main() -> None:
         return
     model = random_model(SMALL if tiny else QWEN3_4B, bench.device)
     tokenizer = words(model.config.vocab_size)
-    if chosen.fuse:
-        qwen3.fuse(model)
-    check(model, tokenizer, chosen.backend, invariant=chosen.invariant)
+    check(model, tokenizer, chosen.backend, invariant=chosen.invariant, fused=chosen.fuse)
     document: kvkern.Document | None = None
     prefill = 0.0
     for cell in left:
