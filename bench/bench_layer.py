@@ -56,7 +56,7 @@ from peers import Case
 from torch import Tensor
 
 import kvkern
-from kvkern import _C, backends, cpu, native
+from kvkern import backends, cpu, native
 
 AGENTS, PREFIXES, SUFFIXES = (1024, 64, 4096, 1, 256, 16), (32768, 8192, 2048, 131072, 512), (256, 64, 512)
 CELLS = [(b, p, s) for s in SUFFIXES for p in PREFIXES for b in AGENTS]
@@ -163,8 +163,7 @@ def isa(bench: Bench) -> str | None:
     """The instruction set that csrc's kernels run in, where they are what is measured."""
     if backends.choose(bench.options.backend, bench.device).name != "cpu":
         return None
-    forced = getattr(native, "instruction_set", None)
-    return _C.instruction_sets()[0] if forced is None else str(forced())
+    return native.instruction_set()
 
 
 # -- roofs -------------------------------------------------------------------------------------------------------------

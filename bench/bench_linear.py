@@ -84,13 +84,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="by default torch's own number")
 
 
+@torch.no_grad()
 def main() -> None:
     bench = Bench.start("linear", __doc__ or "", extra=options)
     if bench.options.threads:
         torch.set_num_threads(bench.options.threads)
     bench.resume()
     torch.manual_seed(0)
-    torch.set_grad_enabled(False)
     for model in list(MODELS)[:1] if bench.options.quick else bench.options.models:
         for dtype in DTYPES:
             layer = Layer(MODELS[model], getattr(torch, dtype))

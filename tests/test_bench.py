@@ -377,8 +377,6 @@ def test_rows_of_two_instruction_sets_stand_in_one_file(
     assert names() == ["first"]
     monkeypatch.setattr(native, "instruction_set", lambda: "second", raising=False)
     assert names() == names() == ["first", "second"]
-    monkeypatch.delattr(native, "instruction_set")
-    assert names() == ["first", "second", _C.instruction_sets()[0]]
     assert Ran(scripts["bench_layer"], tmp_path, *SHAPE, "--peers", "--backend", "torch").results[-1]["isa"] is None
 
 
