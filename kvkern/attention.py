@@ -327,7 +327,7 @@ def attend(
     return_lse: Literal[False] = False,
     *,
     backend: str | None = None,
-    workers_per_node: int = 1,
+    workers_per_node: int | None = None,
 ) -> Tensor: ...
 @overload
 def attend(
@@ -341,7 +341,7 @@ def attend(
     return_lse: Literal[True],
     *,
     backend: str | None = None,
-    workers_per_node: int = 1,
+    workers_per_node: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def attend(
     q: Tensor,
@@ -354,7 +354,7 @@ def attend(
     return_lse: bool = False,
     *,
     backend: str | None = None,
-    workers_per_node: int = 1,
+    workers_per_node: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a batch over one shared prefix and its own suffixes, on plain tensors.
 
@@ -363,7 +363,7 @@ def attend(
     k_suffix, v_suffix  [B, S, num_kv_heads, head_dim], the first seq_lens[b] tokens of each count
     seq_lens            int [B], 0 to S; a q row whose own token would lie before the suffix's first sees the prefix alone
     sm_scale            factor on q.k before the softmax; head_dim ** -0.5 if None
-    workers_per_node    runs that the prefix is cut into; the bits do not depend on it
+    workers_per_node    runs that the prefix is cut into, by default as the device has use for; the bits do not depend on it
 
     Returns o like q; with return_lse also lse [B, (R,) num_qo_heads] fp32, natural logarithm; 0 and -inf where nothing is seen.
     Copies prefix and suffixes into a block and pages first: an engine that keeps them uses `shared_prefix_attention`.

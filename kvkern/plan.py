@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ PREFIX_BLOCK_M = 128
 LEAST = 2
 """Rows and states that a table has at least: a compiler makes sizes of 0 and 1 constants, and a new plan must not recompile.
 Rows of zeros are added; a work item or a tile without rows does nothing."""
+
+STATE_COST = 0.15
+"""Time to write a row tile's state and to read it again, in that of the row tile and a segment: 128 KB through memory against
+4 * 128 * 128 * 1,024 FLOP or more, by arithmetic for an H100."""
 
 STARTS, CONTINUES = 1, 2
 """Flags of the path table: this state starts a node, or goes on with the node of the state before it."""
@@ -91,12 +96,18 @@ class Plan:
 
     @classmethod
     def make(
-        cls, pool: PagePool, agents: Sequence[AgentRows], *, bucket: int | None = None, workers_per_node: int = 1
+        cls,
+        pool: PagePool,
+        agents: Sequence[AgentRows],
+        *,
+        bucket: int | None = None,
+        workers_per_node: int | None = None,
     ) -> Plan:
         """Order agents by path, and cut the work.
 
         bucket            rows to pad the step to; no padding if None
-        workers_per_node  runs that a node's segments are cut into; the bits do not depend on it
+        workers_per_node  runs that a node's segments are cut into; by default as many as keep a GPU's multiprocessors busy, and
+                          one elsewhere. The bits do not depend on it
 
         Raises RequestError (no agent, a slot twice, no rows), ReadOnlyError (a released prefix), ShapeError or DeviceError
         (a prefix of another geometry or device than the pool's), CapacityError (more rows than the bucket holds); ShapeError,
@@ -128,7 +139,8 @@ class Plan:
             path = paths.setdefault(keys[i], len(paths))
             tiles += [(agents[i].slot, r, min(r + tile_rows, end), path) for r in range(begin, end, tile_rows)]
 
-        nodes, items, flags = _cut(agents, order, keys, qo_indptr, workers_per_node, pool.geometry.G)
+        processors = multiprocessors(pool.device) // pool.geometry.num_kv_heads
+        nodes, items, flags = _cut(agents, order, keys, qo_indptr, workers_per_node, processors, pool.geometry.G)
         width = max(LEAST, max(map(len, flags.values())))
         table = [flags[key] + [0] * (width - len(flags[key])) for key in paths]
         blocks = tuple(node.block() for node in nodes)
@@ -197,13 +209,13 @@ def _any_size(*tensors: Tensor) -> PlanTensors:
     return plan
 
 
-def _check(pool: PagePool, agents: Sequence[AgentRows], workers_per_node: int) -> None:
+def _check(pool: PagePool, agents: Sequence[AgentRows], workers_per_node: int | None) -> None:
     if not agents:
         raise RequestError(
             "agents", found="none", needed="at least one", do="make a plan only for a step that has rows"
         )
     _check_pages(pool)
-    if workers_per_node < 1:
+    if workers_per_node is not None and workers_per_node < 1:
         raise RequestError("workers_per_node", found=workers_per_node, needed="at least 1", do="leave it out")
     seen: set[int] = set()
     for slot, node, rows in agents:
@@ -272,7 +284,8 @@ def _cut(
     order: Sequence[int],
     keys: Sequence[tuple[int, ...]],
     qo_indptr: Sequence[int],
-    workers: int,
+    workers: int | None,
+    processors: int,
     group: int,
 ) -> tuple[list[SharedPrefix], list[tuple[int, ...]], dict[tuple[int, ...], list[int]]]:
     """Nodes in depth-first order, work items, and for each path its flags in fold order.
@@ -294,11 +307,19 @@ def _cut(
             ranges[prefix][1] = qo_indptr[n + 1]
 
     item_rows = max(1, PREFIX_BLOCK_M // group)
+    tiles = {prefix: -(-(end - begin) // item_rows) for prefix, (begin, end) in ranges.items()}
+    work = sum(tiles[prefix] * nodes[n].tokens for prefix, n in number.items())
     items: list[tuple[int, ...]] = []
     flags: dict[tuple[int, ...], list[int]] = {(): []}
     for prefix, n in number.items():
         segments = num_segments(nodes[n].tokens)
-        run = -(-segments // workers)
+        if workers is not None:
+            run = -(-segments // workers)
+        elif segments > 1:
+            own = processors * tiles[prefix] * nodes[n].tokens // work  # its part of the multiprocessors
+            run = _run(tiles[prefix], segments, max(1, own))
+        else:
+            run = segments
         state = len(flags[prefix[:-1]])
         first_row, last_row = ranges[prefix]
         for begin in range(first_row, last_row, item_rows):
@@ -308,3 +329,23 @@ def _cut(
                 items.append((n, begin, end, first, min(first + run, segments), state + 1 + first - run))
         flags[prefix] = flags[prefix[:-1]] + [STARTS] + [CONTINUES] * (segments - min(run, segments))
     return nodes, items, flags
+
+
+def _run(tiles: int, segments: int, processors: int) -> int:
+    """Segments of a walk, so that `tiles` row tiles of `segments` segments end soonest on so many processors of one kv head.
+
+    In segments' time: rounds of walks, and what the states take that walks after the first leave for each segment.
+    """
+
+    def seconds(run: int) -> float:
+        walks = -(-segments // run)
+        return -(-tiles * walks // processors) * run + STATE_COST * tiles / processors * (segments - min(run, segments))
+
+    # Of equals the longest, which leaves the fewest states.
+    return min(range(segments, 0, -1), key=seconds)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 of anything else, which shares out the segments by itself."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -132,7 +132,7 @@ def test_the_launcher_takes_the_workers_that_idle_multiprocessors_allow(monkeypa
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", watch)
     case = Case(documents(5), [Agent((0,), 150)])
     one = case.run()
-    monkeypatch.setattr(suffix, "_processors", lambda _: 132)
+    monkeypatch.setattr(suffix, "multiprocessors", lambda _: 132)
     assert_same(case.run(), one, [0])
     assert taken == [False, True]
 

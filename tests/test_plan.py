@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvkern import plan
 from kvkern.errors import CapacityError, DeviceError, DtypeError, ReadOnlyError, RequestError, ShapeError
 from kvkern.geometry import PAGE, Geometry, num_segments
 from kvkern.pages import PagePool
@@ -190,6 +191,30 @@ def test_more_workers_move_segments_but_not_their_order(case, workers):
     assert all(count == 1 for count in Counter((n, begin, first) for n, begin, _, first, _, _ in items).values())
     runs = {(n, first) for n, _, _, first, _, _ in items}
     assert max(Counter(n for n, _ in runs).values(), default=0) <= workers
+
+
+@given(case=cases(), processors=st.sampled_from([2, 16, 132, 1000]))
+@settings(max_examples=60, deadline=None)
+def test_a_gpu_has_as_many_walks_as_it_has_use_for_and_the_same_folds(case, processors):
+    pool, agents, _, padding, _ = case
+    bucket = None if padding is None else sum(a.rows for a in agents) + padding
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "multiprocessors", lambda _: processors)
+        check(Plan.make(pool, agents, bucket=bucket), pool, agents, bucket)
+
+
+@pytest.mark.parametrize(
+    ("agents", "tokens", "walks"),
+    [(1, 32768, 16), (32, 32768, 16), (64, 32768, 8), (256, 32768, 2), (512, 32768, 1), (1024, 32768, 1), (1, 1024, 1)],
+)
+def test_a_long_prefix_of_few_agents_is_cut_for_all_multiprocessors(monkeypatch, agents, tokens, walks):
+    """132 multiprocessors, 8 kv heads of 4 query heads: 16 multiprocessors a head, 32 agents a row tile."""
+    monkeypatch.setattr(plan, "multiprocessors", lambda _: 132)
+    geometry = Geometry(1, 32, 8, 16, torch.float32)
+    pool, slots = pool_of(geometry, agents)
+    leaf = node(geometry, tokens)
+    items = Plan.make(pool, [AgentRows(slot, leaf, 1) for slot in slots]).tensors.items.tolist()
+    assert len({item[3] for item in items if item[1] < item[2]}) == walks
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ carried: loaded where they are used, they would leave one tile in flight instead
 """
 
 import math
-from functools import lru_cache
 from threading import Lock
 
 import torch
@@ -37,6 +36,7 @@ from kvkern.geometry import PAGE, SUFFIX_SEGMENT, next_power_of_2
 from kvkern.kernels.state import ROUNDING, finish, fold, load, start, step, store
 from kvkern.kernels.tiles import arch_of, on, switches, tiles
 from kvkern.plain import State
+from kvkern.plan import multiprocessors
 
 LOG2E = math.log2(math.e)
 
@@ -370,11 +370,6 @@ class _Counters:
 _counters = _Counters()
 
 
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _workers(capacity: int, programs: int, processors: int) -> int:
     """Workers for each tile and head: as many as there are multiprocessors for them, and segments in a full suffix.
 
@@ -415,7 +410,7 @@ def suffix_attention(
     tile = tiles(head_dim, G, q.dtype, arch_of(q.device)).suffix
     with on(q.device):
         if workers is None:
-            workers = _workers(capacity, num_tiles * num_kv_heads, _processors(q.device))
+            workers = _workers(capacity, num_tiles * num_kv_heads, multiprocessors(q.device))
         arrived = _counters.get(q.device, num_tiles * num_kv_heads) if workers > 1 else None
         # One worker never uses these, but its code is compiled with them all the same.
         part: tuple[Tensor, ...] = tuple(state)
