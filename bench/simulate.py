@@ -1,0 +1,754 @@
+"""80 million agents by simulation: what each way of giving them their document costs, and how long they wait.
+
+    python bench/simulate.py [--agents 80000000] [--steps FILE] [--json out.json]     simulate; every input has an option
+    python bench/simulate.py --measure [--steps FILE]                                 fit a model of steps to the real engine
+
+Agents arrive as a Poisson process with a daily wave, ask about documents of a Zipf popularity, and are sent to replicas at
+random. A replica is that of replica.py. Policies: prefill (every agent computes its document), copies (every agent loads a
+copy of its KV), shared (one copy a replica), ship (the KV goes to the user, whose own machine answers: egress, no queue).
+For each policy so many replicas are taken that the peak of the wave needs --load of what they can serve.
+
+Sampled: a Poisson process that is split at random gives independent Poisson processes, so any replica stands for all of
+them. --groups replicas are drawn, and of each a window of time, at a random place, in every one of --windows equal parts of
+the period; a window begins with the cache as past reads leave it (drawn) and a time to settle that is not counted. Each
+number is that of all windows together, its error (+-) one standard error by the spread over groups. --whole simulates every
+replica for the whole period instead. Too few replicas for the peak are refused where sampled, since windows carry no backlog
+to each other. With --pools replicas are parted into pools, each with documents of its own, so that each has fewer to keep.
+
+Without --steps a step's time is by arithmetic from data sheets and an assumed --efficiency, and the result says so: nothing of
+it is measured. Prices are assumptions too. --measure lets SmolLM2 answer on this machine, fits on batches of 16, 128 and 512
+agents, and compares the makespan that the simulator predicts for 64, 256 and 1,024 with the engine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from replica import POLICIES, Replica, Served, Trace, serve
+from step_model import Run, StepModel, by_arithmetic, fit, measure, runs
+
+from kvkern import console
+from kvkern.errors import CapacityError, KvkernError, RequestError
+
+MONTH_S = 30 * 86400.0
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+Progress = Callable[[int, int], Any]
+"""Called with (windows done, windows in all)."""
+
+
+def _input(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Who asks what."""
+
+    agents: float = _input(80e6, "agents in the period, on average; each asks once")
+    period_s: float = _input(86400.0, "seconds of the period, which is one wave")
+    wave: float = _input(0.6, "the rate is its mean times 1 + wave * sin, in [0, 1)")
+    documents: int = _input(1000, "documents that are asked about")
+    zipf: float = _input(1.0, "popularity of the n-th document is n ** -zipf")
+    document_tokens: int = _input(3774, "tokens of a document, the mean")
+    document_spread: float = _input(0.0, "standard deviation of the logarithm of a document's tokens")
+    question_tokens: int = _input(16, "tokens of a question")
+    answer_tokens: int = _input(64, "tokens of an answer, the mean; at most 4 times as many")
+    answer_spread: int = _input(1, "1: lengths of answers are geometric; 0: all are the mean")
+
+    def __post_init__(self) -> None:
+        good = {
+            "agents": self.agents > 0,
+            "period_s": self.period_s > 0,
+            "wave": 0 <= self.wave < 1,
+            "documents": self.documents >= 1,
+            "zipf": self.zipf >= 0,
+            "document_tokens": self.document_tokens >= 1,
+            "document_spread": 0 <= self.document_spread <= 3,
+            "question_tokens": self.question_tokens >= 1,
+            "answer_tokens": self.answer_tokens >= 1,
+            "answer_spread": self.answer_spread in (0, 1),
+        }
+        _check(self, good)
+
+    @property
+    def longest_answer(self) -> int:
+        return 4 * self.answer_tokens if self.answer_spread else self.answer_tokens
+
+    def rate(self, t: np.ndarray) -> np.ndarray:
+        """Agents a second, at seconds t; the peak is in the middle of the period."""
+        return self.agents / self.period_s * (1 + self.wave * np.sin(2 * np.pi * (t / self.period_s - 0.25)))
+
+    @property
+    def peak(self) -> float:
+        return self.agents / self.period_s * (1 + self.wave)
+
+    def popularity(self) -> np.ndarray:
+        weights = np.arange(1, self.documents + 1, dtype=float) ** -self.zipf
+        return weights / weights.sum()
+
+    def lengths(self, seed: int) -> np.ndarray:
+        """Tokens of each document."""
+        sigma = self.document_spread
+        drawn = np.random.default_rng([seed, 1]).lognormal(-sigma * sigma / 2, sigma, self.documents)
+        return np.maximum(1, np.rint(self.document_tokens * drawn)).astype(int)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one replica is made of."""
+
+    parameters: float = _input(4.02e9, "of the model, each 2 flop a row; as Qwen3-4B")
+    weight_bytes: float = _input(2.0, "bytes of a parameter")
+    token_bytes: float = _input(147456.0, "K and V of one token over all layers; 36 layers, 8 kv heads of 128, 2 bytes")
+    attention_flop: float = _input(589824.0, "of one row with one token, over all layers; 4 * 36 * 32 * 128")
+    flop_per_s: float = _input(989e12, "of the device, bf16 products by the data sheet of an H100 SXM")
+    bytes_per_s: float = _input(3.35e12, "of its memory, by the same")
+    efficiency: float = _input(0.5, "share of both that steps reach: assumed")
+    memory_bytes: float = _input(80e9, "of the device")
+    reserve_bytes: float = _input(8e9, "of it for activations")
+    host_bytes: float = _input(512e9, "of host memory that keeps documents")
+    host_bytes_per_s: float = _input(50e9, "from host to device: assumed")
+    disk_bytes_per_s: float = _input(5e9, "from disk to device: assumed")
+    max_agents: int = _input(256, "that run at once, as kvkern.Engine's default")
+    max_extend: int = _input(256, "extend rows in one step, as kvkern.Engine's default")
+    chunk: int = _input(64, "extend rows of one agent in one step, as kvkern.Engine's")
+    prefill_chunk: int = _input(2048, "max_extend and chunk where documents are computed")
+    load: float = _input(0.7, "share of the replicas' capacity that the peak needs")
+    pools: int = _input(1, "of replicas, each with documents of its own")
+
+    def __post_init__(self) -> None:
+        optional = {"host_bytes", "reserve_bytes"}
+        good = {f.name: getattr(self, f.name) > 0 or f.name in optional for f in dataclasses.fields(self)}
+        _check(self, good | {"load": 0 < self.load < 1})
+
+    @property
+    def weights_bytes(self) -> float:
+        return self.parameters * self.weight_bytes
+
+    def steps(self) -> StepModel:
+        names = ("parameters", "weights_bytes", "token_bytes", "attention_flop")
+        rates = ("flop_per_s", "bytes_per_s", "efficiency")
+        return by_arithmetic(**{name: getattr(self, name) for name in names + rates})
+
+    def replica(self, policy: str, workload: Workload, seconds: Callable[..., float]) -> Replica:
+        """Slots and room for documents follow from memory. Raises CapacityError where nothing fits."""
+        own = (workload.question_tokens + workload.longest_answer) * self.token_bytes
+        free = self.memory_bytes - self.weights_bytes - self.reserve_bytes
+        an_agent = own if policy == "shared" else own + workload.document_tokens * self.token_bytes
+        slots = min(self.max_agents, int(free // an_agent)) if free > 0 else 0
+        left = free - slots * own
+        if slots < 1 or (policy == "shared" and left <= 0):
+            raise CapacityError(
+                "memory_bytes",
+                found=f"{self.memory_bytes:.4g} bytes",
+                needed=f"more than weights, reserve and one agent of {an_agent:.4g}",
+                do="give more memory, fewer agents, or shorter documents",
+            )
+        wide = policy == "prefill"
+        return Replica(
+            policy,
+            seconds,
+            slots=slots,
+            max_extend=self.prefill_chunk if wide else self.max_extend,
+            chunk=self.prefill_chunk if wide else min(self.chunk, self.max_extend),
+            token_bytes=self.token_bytes,
+            device_bytes=left if policy == "shared" else math.inf,
+            host_bytes=self.host_bytes,
+            host_bytes_per_s=self.host_bytes_per_s,
+            disk_bytes_per_s=self.disk_bytes_per_s,
+        )
+
+
+@dataclass(frozen=True)
+class Prices:
+    """In dollars, and what the user has where the KV is shipped."""
+
+    gpu_hour: float = _input(3.0, "dollars of one replica for an hour: assumed")
+    egress_gb: float = _input(0.09, "dollars for 1e9 bytes that leave the host, as in arXiv 2606.13361")
+    storage_gb_month: float = _input(0.023, "dollars for 1e9 bytes of documents kept for 30 days: assumed")
+    user_bytes_per_s: float = _input(12.5e6, "that a user receives: assumed")
+    user_step_s: float = _input(0.296, "a step on the user's machine: an M1 Pro at 3,774 tokens, by arXiv 2606.13361")
+
+    def __post_init__(self) -> None:
+        good = {f.name: getattr(self, f.name) >= 0 for f in dataclasses.fields(self)}
+        _check(self, good | {"user_bytes_per_s": self.user_bytes_per_s > 0})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much of it is simulated."""
+
+    seed: int = _input(0, "of everything that is drawn")
+    groups: int = _input(8, "replicas that are sampled, as many of each pool and two at least")
+    windows: int = _input(24, "windows of each, spread over the period")
+    sampled_agents: float = _input(1e6, "agents that are simulated and counted, about, for each policy")
+
+    def __post_init__(self) -> None:
+        good = {"seed": self.seed >= 0, "groups": self.groups >= 2, "windows": self.windows >= 1}
+        _check(self, good | {"sampled_agents": self.sampled_agents >= 1})
+
+
+def _check(inputs: Any, good: dict[str, bool]) -> None:
+    for name, well in good.items():
+        if not well:
+            needed = f"a number in its range ({inputs.__dataclass_fields__[name].metadata['help']})"
+            raise RequestError(name, found=getattr(inputs, name), needed=needed, do="give another")
+
+
+# -- traces ------------------------------------------------------------------------------------------------------------
+
+
+def parted(popularity: np.ndarray, pools: int) -> np.ndarray:
+    """The pool of each document: the most popular first, each to the pool that has least so far."""
+    shares, pool = [0.0] * pools, np.zeros(len(popularity), dtype=int)
+    for document, share in enumerate(popularity.tolist()):
+        pool[document] = least = min(range(pools), key=shares.__getitem__)
+        shares[least] += share
+    return pool
+
+
+class Source:
+    """Draws the traces of a replica: of one pool, whose replicas share what is asked about its documents evenly."""
+
+    def __init__(self, workload: Workload, seed: int, *, pool: int = 0, pools: int = 1) -> None:
+        self.workload = workload
+        self.lengths = workload.lengths(seed)
+        popularity = workload.popularity()
+        mine = parted(popularity, pools) == pool
+        if not mine.any():
+            found, needed = f"{pools} for {workload.documents} documents", "at most one for each document"
+            raise RequestError("pools", found=found, needed=needed, do="take fewer pools")
+        self.share = float(popularity[mine].sum())
+        self._popularity = popularity * mine / self.share
+        self._cumulative = np.cumsum(self._popularity)
+        self._last = int(np.flatnonzero(mine)[-1])
+
+    def rate(self, replicas: int) -> float:
+        """Agents a second for one of `replicas` of this pool, the mean."""
+        return self.workload.agents / self.workload.period_s * self.share / replicas
+
+    def documents(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        drawn = np.searchsorted(self._cumulative, rng.random(count), side="right")
+        return np.minimum(drawn, self._last)
+
+    def poisson(self, rng: np.random.Generator, begin: float, end: float, replicas: int) -> np.ndarray:
+        """Arrivals in [begin, end) by thinning: drawn at the peak's rate, and kept with the chance rate / peak."""
+        peak = self.workload.peak
+        count = rng.poisson(peak * self.share / replicas * (end - begin))
+        times = np.sort(rng.uniform(begin, end, count))
+        return times[rng.random(count) * peak < self.workload.rate(times)]
+
+    def trace(self, rng: np.random.Generator, arrival: np.ndarray) -> Trace:
+        count, mean = len(arrival), self.workload.answer_tokens
+        answer = np.full(count, mean)
+        if self.workload.answer_spread:
+            answer = np.minimum(rng.geometric(1 / mean, count), self.workload.longest_answer)
+        question = np.full(count, self.workload.question_tokens)
+        return Trace(arrival, self.documents(rng, count), question, answer, self.lengths)
+
+    def past(self, rng: np.random.Generator, reads: float) -> list[int]:
+        """Documents in the order in which so many reads before a window have last touched them: what the caches then hold.
+
+        When independent reads last touched a document is exponential by its popularity, so no read has to be drawn.
+        """
+        with np.errstate(divide="ignore"):
+            age = rng.exponential(size=len(self._popularity)) / self._popularity
+        order = np.argsort(-age, kind="stable")
+        return order[np.isfinite(age[order]) & (age[order] <= reads)].tolist()
+
+
+# -- how many replicas -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sized:
+    """capacity: agents a second that one replica can serve; settle_s: longest answer at the chosen load, in seconds."""
+
+    capacity: float
+    settle_s: float
+
+
+def size(source: Source, replica: Replica, *, load: float, seed: int) -> Sized:
+    """By bisection. A rate can be served if, when the last of many agents comes, few are there beside those that could run."""
+    count = 1000 + 20 * replica.slots
+
+    def run(rate: float) -> tuple[bool, float]:
+        rng = np.random.default_rng([seed, 2])
+        past = source.past(rng, math.inf)
+        trace = source.trace(rng, np.cumsum(rng.exponential(1 / rate, count)))
+        served = serve(replica, trace, warm=past)
+        there = int((served.end > trace.arrival[-1]).sum())
+        return there <= replica.slots + count / 50, float((served.end - trace.arrival).max())
+
+    low, high = 1.0, 1.0
+    while run(high)[0]:
+        low, high = high, 2 * high
+    while low == high or not run(low)[0]:
+        low, high = low / 2, low
+    for _ in range(6):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if run(middle)[0] else (low, middle)
+    return Sized(low, run(low * load)[1])
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Window:
+    """What one window of one replica gave, of agents that came within it; seconds."""
+
+    group: int
+    first: np.ndarray
+    answer: np.ndarray
+    queued: np.ndarray
+    loads: int
+    disk_share: float
+    busy: float
+    rows: float
+
+
+def observe(group: int, trace: Trace, served: Served, begin: float, end: float) -> Window:
+    """Counts of [begin, end). Busy seconds are those of steps within it, by interpolation in the steps that it cuts."""
+    counted = (trace.arrival >= begin) & (trace.arrival < end)
+    busy = 0.0
+    if served.steps:
+        begins = np.concatenate([[0.0], served.step_busy[:-1]])
+        starts = served.step_ends - (served.step_busy - begins)
+        cut = np.minimum(served.step_ends, end) - np.maximum(starts, begin)
+        busy = float(np.maximum(cut, 0).sum()) / (end - begin)
+    return Window(
+        group=group,
+        first=(served.first - trace.arrival)[counted],
+        answer=(served.end - trace.arrival)[counted],
+        queued=served.queued[counted],
+        loads=int(served.loaded_for[counted].sum()),
+        disk_share=served.disk_loads / max(1, served.loads),
+        busy=busy,
+        rows=served.row_steps / max(1, served.steps),
+    )
+
+
+def sample(
+    sources: Sequence[Source], replica: Replica, replicas: int, settle_s: float, sampling: Sampling, progress: Progress
+) -> tuple[list[Window], int]:
+    """Windows of all groups, and the agents that were simulated in them, those that settle a window included.
+
+    sources   one of each pool; groups are replicas of them by turns
+    replicas  in a pool
+    """
+    period, windows = sources[0].workload.period_s, []
+    stratum = period / sampling.windows
+    rate = sum(source.rate(replicas) for source in sources) / len(sources)
+    length = sampling.sampled_agents / (sampling.groups * sampling.windows * rate)
+    length = min(max(length, settle_s), stratum)
+    simulated = 0
+    for group in range(sampling.groups):
+        source = sources[group % len(sources)]
+        for part in range(sampling.windows):
+            rng = np.random.default_rng([sampling.seed, 3, group, part])
+            begin = (part + rng.random()) * stratum
+            # Time 0 of the replica is where the window begins to settle; after it others still come, and hold up its last.
+            zero = begin - settle_s
+            trace = source.trace(rng, source.poisson(rng, zero, begin + length + settle_s, replicas) - zero)
+            served = serve(replica, trace, warm=source.past(rng, source.rate(replicas) * period))
+            windows.append(observe(group, trace, served, settle_s, settle_s + length))
+            simulated += len(trace.arrival)
+            progress(len(windows), sampling.groups * sampling.windows)
+    return windows, simulated
+
+
+def whole(
+    sources: Sequence[Source], replica: Replica, replicas: int, sampling: Sampling, progress: Progress
+) -> tuple[list[Window], int]:
+    """Every replica for the whole period; as `sample`."""
+    windows, period = [], sources[0].workload.period_s
+    for group in range(replicas * len(sources)):
+        source = sources[group % len(sources)]
+        rng = np.random.default_rng([sampling.seed, 4, group])
+        trace = source.trace(rng, source.poisson(rng, 0.0, period, replicas))
+        served = serve(replica, trace, warm=source.past(rng, source.rate(replicas) * period))
+        windows.append(observe(group, trace, served, 0.0, max(period, served.end_s)))
+        # What is left of the last agents after the period is work of the period.
+        windows[-1].busy = served.busy_s / period
+        progress(group + 1, replicas * len(sources))
+    return windows, sum(len(window.first) for window in windows)
+
+
+Estimate = dict[str, Any]
+"""{"value": number, "error": one standard error, or None where there is none}."""
+
+
+def _summary(windows: Sequence[Window]) -> dict[str, float]:
+    """The numbers of some windows together. NaN where no agent came."""
+    first, answer, queued = (np.concatenate([getattr(w, n) for w in windows]) for n in ("first", "answer", "queued"))
+    summary = {"utilisation": float(np.mean([w.busy for w in windows]))}
+    summary["decode_rows_per_step"] = float(np.mean([w.rows for w in windows]))
+    if not len(first):
+        names = ("first_mean_s", "first_p50_s", "first_p99_s", "answer_mean_s", "answer_p50_s", "answer_p99_s")
+        return summary | dict.fromkeys((*names, "queue_mean", "queue_p99", "hit_rate", "disk_share"), math.nan)
+    for name, seconds in (("first", first), ("answer", answer)):
+        summary[f"{name}_mean_s"] = float(seconds.mean())
+        summary[f"{name}_p50_s"], summary[f"{name}_p99_s"] = np.quantile(seconds, [0.5, 0.99]).tolist()
+    loads = [w.loads for w in windows]
+    summary["queue_mean"], summary["queue_p99"] = float(queued.mean()), float(np.quantile(queued, 0.99))
+    summary["hit_rate"] = 1 - sum(loads) / len(first)
+    summary["disk_share"] = float(np.average([w.disk_share for w in windows], weights=np.maximum(loads, 1e-9)))
+    return summary
+
+
+def estimate(windows: Sequence[Window], *, pools: int | None) -> dict[str, Estimate]:
+    """Each number of all windows together, and its standard error by the spread of groups of one pool.
+
+    pools  group g is of pool g % pools, two groups of each at least; None: nothing was sampled, so there is no error
+    """
+    pooled = _summary(windows)
+    errors: dict[str, float | None] = dict.fromkeys(pooled)
+    if pools is not None:
+        groups = range(max(w.group for w in windows) + 1)
+        each = [_summary([w for w in windows if w.group == g]) for g in groups]
+        for name in pooled:
+            values = np.array([summary[name] for summary in each])
+            apart = [values[pool::pools] - values[pool::pools].mean() for pool in range(pools)]
+            variance = float((np.concatenate(apart) ** 2).sum()) / (len(each) - pools)
+            errors[name] = math.sqrt(variance / len(each))
+    return {name: {"value": pooled[name], "error": errors[name]} for name in pooled}
+
+
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    workload: Workload
+    machine: Machine
+    prices: Prices
+    sampling: Sampling
+
+
+def distinct(workload: Workload) -> np.ndarray:
+    """Chance of each document to be asked about in the period."""
+    return -np.expm1(-workload.agents * workload.popularity())
+
+
+def simulate(
+    policy: str,
+    inputs: Inputs,
+    seconds: StepModel,
+    *,
+    replicas: int | None = None,
+    everything: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """One policy: hours, dollars, waiting. JSON-ready; estimates are {"value", "error"}.
+
+    replicas    of all pools together, a multiple of their number; None: as many as the peak needs
+    everything  all replicas for the whole period, instead of a sample
+
+    Raises RequestError for fewer replicas than the peak needs, unless all is simulated, and for pools that do not divide
+    replicas and groups; CapacityError where memory holds no agent or no document.
+    """
+    workload, machine, prices = inputs.workload, inputs.machine, inputs.prices
+    lengths, hours = workload.lengths(inputs.sampling.seed), workload.period_s / 3600
+    asked = distinct(workload)
+    found: dict[str, Any] = {"policy": policy, "documents_asked": float(asked.sum())}
+    published = egress = kept = 0.0
+    if policy != "prefill":
+        # Each document that is asked about is computed once, and kept.
+        sizes, of = np.unique(lengths, return_inverse=True)
+        each = np.array([seconds.prefill_seconds(int(tokens), machine.prefill_chunk) for tokens in sizes])
+        published = float((asked * each[of]).sum()) / 3600
+        kept = float((asked * lengths).sum()) * machine.token_bytes
+    if policy == "ship":
+        found |= {"replicas": 0, "agents_simulated": int(inputs.sampling.sampled_agents)}
+        found["estimates"] = _ship(inputs)
+        busy: Estimate = {"value": published, "error": None}
+        egress = workload.agents * float((workload.popularity() * lengths).sum()) * machine.token_bytes
+        gpu = published
+    else:
+        found |= _serve_all(policy, inputs, seconds, replicas, everything, progress)
+        gpu = found["replicas"] * hours
+        busy = {
+            name: None if share is None else share * gpu for name, share in found["estimates"]["utilisation"].items()
+        }
+        busy["value"] += published
+        gpu += published
+    dollars = {
+        "gpu": gpu * prices.gpu_hour,
+        "egress": egress / 1e9 * prices.egress_gb,
+        "storage": kept / 1e9 * prices.storage_gb_month * workload.period_s / MONTH_S,
+    }
+    found |= {"gpu_hours": gpu, "busy_gpu_hours": busy, "publish_gpu_hours": published, "egress_bytes": egress}
+    total = sum(dollars.values())
+    return found | {"dollars": dollars | {"total": total, "per_million_agents": total / workload.agents * 1e6}}
+
+
+def _serve_all(
+    policy: str, inputs: Inputs, seconds: StepModel, replicas: int | None, everything: bool, progress: Progress
+) -> dict[str, Any]:
+    """A policy that has replicas: how many, and what was seen of them."""
+    workload, machine, sampling, pools = inputs.workload, inputs.machine, inputs.sampling, inputs.machine.pools
+    for name, given, least in (("groups", sampling.groups, 2), ("replicas", replicas, 1)):
+        if given is not None and (given < least * pools or given % pools) and not (everything and name == "groups"):
+            needed = f"a multiple of {pools} pools, at least {least * pools}"
+            raise RequestError(name, found=given, needed=needed, do="give another number")
+    sources = [Source(workload, sampling.seed, pool=pool, pools=pools) for pool in range(pools)]
+    replica = machine.replica(policy, workload, seconds)
+    sized = size(sources[0], replica, load=machine.load, seed=sampling.seed)
+    # All pools are alike, so the one that is asked most decides.
+    a_pool = workload.peak * max(source.share for source in sources) / sized.capacity
+    count = math.ceil(a_pool / machine.load) if replicas is None else replicas // pools
+    if count < a_pool and not everything:
+        needed = f"at least {math.ceil(a_pool) * pools} for the peak of {policy}"
+        do = "give more, or simulate all of it (--whole)"
+        raise RequestError("replicas", found=count * pools, needed=needed, do=do)
+    if everything:
+        windows, simulated = whole(sources, replica, count, sampling, progress)
+    else:
+        windows, simulated = sample(sources, replica, count, sized.settle_s, sampling, progress)
+    return {
+        "replicas": count * pools,
+        "slots": replica.slots,
+        "device_bytes_for_documents": replica.device_bytes if policy == "shared" else 0,
+        "capacity_per_replica": sized.capacity,
+        "settle_s": sized.settle_s,
+        "agents_simulated": simulated,
+        "agents_counted": sum(len(window.first) for window in windows),
+        "estimates": estimate(windows, pools=None if everything else pools),
+    }
+
+
+def _ship(inputs: Inputs) -> dict[str, Estimate]:
+    """Users download, then answer by themselves: nobody waits for anybody, so agents are drawn and need no queue."""
+    prices, groups, windows = inputs.prices, inputs.sampling.groups, []
+    source = Source(inputs.workload, inputs.sampling.seed)
+    for group in range(groups):
+        rng = np.random.default_rng([inputs.sampling.seed, 5, group])
+        trace = source.trace(rng, np.zeros(max(1, int(inputs.sampling.sampled_agents / groups))))
+        sent = source.lengths[trace.document] * inputs.machine.token_bytes
+        first = sent / prices.user_bytes_per_s + prices.user_step_s
+        answer = first + (trace.answer - 1) * prices.user_step_s
+        windows.append(Window(group, first, answer, np.zeros(len(first)), len(first), 0.0, 0.0, 1.0))
+    return estimate(windows, pools=1)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+LINES: tuple[tuple[str, str, str], ...] = (
+    ("time to first token, p50", "first_p50_s", "s"),
+    ("time to first token, p99", "first_p99_s", "s"),
+    ("time to the answer, p50", "answer_p50_s", "s"),
+    ("time to the answer, p99", "answer_p99_s", "s"),
+    ("queue, mean", "queue_mean", ""),
+    ("queue, p99", "queue_p99", ""),
+    ("hit rate", "hit_rate", ""),
+    ("decode rows in a step", "decode_rows_per_step", ""),
+    ("utilisation", "utilisation", ""),
+)
+
+
+def shown(estimated: Estimate) -> str:
+    """A value and its error, to the places that the error leaves it."""
+    value, error = estimated["value"], estimated["error"]
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.4g}" + (f" +- {error:.1g}" if error else "")
+
+
+def table(results: Sequence[dict[str, Any]]) -> Any:
+    """A rich table: policies side by side."""
+    from rich.table import Table
+
+    grid = Table("", *(r["policy"] for r in results), box=None, pad_edge=False)
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for name in ("replicas", "gpu_hours", "busy_gpu_hours", "publish_gpu_hours"):
+        row = (r[name] if isinstance(r[name], dict) else {"value": r[name], "error": None} for r in results)
+        grid.add_row(name.replace("_", " "), *map(shown, row))
+    for name in ("gpu", "egress", "storage", "total", "per_million_agents"):
+        grid.add_row(f"$ {name.replace('_', ' ')}", *(f"{r['dollars'][name]:,.2f}" for r in results))
+    grid.add_row("egress, bytes", *(f"{r['egress_bytes']:.4g}" for r in results))
+    for name, key, unit in LINES:
+        row = [r["estimates"][key] if (r["policy"], key) not in NOTHING else None for r in results]
+        grid.add_row(name + (f", {unit}" if unit else ""), *("-" if one is None else shown(one) for one in row))
+    grid.add_row("agents simulated", *(f"{r['agents_simulated']:,}" for r in results))
+    return grid
+
+
+NOTHING = {("ship", key) for key in ("queue_mean", "queue_p99", "hit_rate", "utilisation", "decode_rows_per_step")}
+NOTHING |= {("prefill", "hit_rate"), ("copies", "hit_rate")}
+"""What a policy does not have."""
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", nargs="+", default=[*POLICIES, "ship"], choices=[*POLICIES, "ship"])
+    parser.add_argument("--replicas", type=int, default=None, help="of every policy; by default what the peak needs")
+    parser.add_argument("--whole", action="store_true", help="every replica for the whole period: for small cases")
+    parser.add_argument("--steps", type=Path, default=None, help="what --measure has written; with it, written to")
+    parser.add_argument("--json", type=Path, default=None, help="file for inputs and results")
+    for kind in (Workload, Machine, Prices, Sampling):
+        group = parser.add_argument_group(kind.__doc__)
+        for one in dataclasses.fields(kind):
+            text = f"{one.metadata['help']} (default: {one.default:,})"
+            to = int if isinstance(one.default, int) else float
+            group.add_argument("--" + one.name.replace("_", "-"), type=to, default=one.default, help=text)
+    group = parser.add_argument_group("--measure")
+    group.add_argument("--measure", action="store_true", help="fit to the engine on this machine, and judge")
+    group.add_argument("--model", default=None, help="folder of a checkpoint; the demo's own by default")
+    group.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread where others work too")
+    group.add_argument("--fit-agents", type=int, nargs="+", default=[16, 128, 512])
+    group.add_argument("--judge-agents", type=int, nargs="+", default=[64, 256, 1024])
+    group.add_argument("--measure-document", type=int, default=512, help="tokens (default: 512)")
+    group.add_argument("--measure-answer", type=int, default=24, help="tokens (default: 24)")
+    return parser
+
+
+def _inputs(chosen: argparse.Namespace) -> Inputs:
+    def of(kind: Any) -> Any:
+        return kind(**{one.name: getattr(chosen, one.name) for one in dataclasses.fields(kind)})
+
+    return Inputs(of(Workload), of(Machine), of(Prices), of(Sampling))
+
+
+def read_steps(path: Path) -> tuple[StepModel, dict[str, Any]]:
+    """The fitted model of a file that --measure has written, and the file. Raises RequestError for any other."""
+    try:
+        content = json.loads(path.read_text())
+        return StepModel(**content["model_of_steps"]), content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        needed = "a file that --measure has written"
+        raise RequestError("steps", found=f"{path}: {error}", needed=needed, do="run with --measure first") from None
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    packages = {name: importlib.metadata.version(name) for name in ("kvkern", "numpy", "simpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Whole, or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def makespan(run: dict[str, Any], seconds: StepModel) -> float:
+    """What the simulator predicts for a measured run: all its agents ask at second 0."""
+    count = run["agents"]
+    replica = Replica("shared", seconds, slots=run["slots"], max_extend=run["max_extend"], chunk=run["chunk"])
+    zeros = np.zeros(count)
+    sizes = (np.full(count, run[name]) for name in ("question", "answer"))
+    return serve(replica, Trace(zeros, zeros.astype(int), *sizes, np.array([run["document"]])), warm=[0]).end_s
+
+
+def judge(measured: Iterable[dict[str, Any]], seconds: StepModel) -> list[dict[str, Any]]:
+    """Predicted and measured makespan of each run, and (predicted - measured) / measured."""
+    judged = []
+    for run in measured:
+        predicted = makespan(run, seconds)
+        sizes = {name: run[name] for name in ("use", "agents", "document", "question", "answer")}
+        error = predicted / run["makespan_s"] - 1
+        judged.append(sizes | {"predicted_s": predicted, "measured_s": run["makespan_s"], "error": error})
+    return judged
+
+
+def measured(chosen: argparse.Namespace) -> None:
+    """--measure: run the engine, fit, judge, print, and write --steps."""
+    import torch
+    from harness import machine
+
+    from kvkern import opening
+    from kvkern.demo_model import demo_model
+
+    name = chosen.model or str(demo_model())
+    model, tokenizer = opening.open_model(name, None, opening.device_of(None))
+    planned = runs(
+        chosen.fit_agents, chosen.judge_agents, document=chosen.measure_document, answer=chosen.measure_answer
+    )
+    # The first engine over a model measures its rounding classes, and pays for what is lazy.
+    measure(model, tokenizer, Run("warm", 4, 64, 16, 4), max_extend_tokens=chosen.max_extend)
+    done = []
+    for run in planned:
+        limits = {"max_extend_tokens": chosen.max_extend, "seed": chosen.seed, "clock": CLOCKS[chosen.clock]}
+        done.append(measure(model, tokenizer, run, **limits))
+        console.note(f"{run.use:5s} {run.agents:5d} agents  {done[-1]['makespan_s']:8.2f} s")
+    seconds = fit([step for run in done if run["use"] == "fit" for step in run["steps"]])
+    judged = judge(done, seconds)
+    console.say(console.table([(key, str(value)) for key, value in seconds.fields().items()]))
+    for line in judged:
+        console.say(
+            f"{line['use']:5s} {line['agents']:5d} agents, document of {line['document']}, question of {line['question']}: "
+            f"predicted {line['predicted_s']:.2f} s, measured {line['measured_s']:.2f} s, {100 * line['error']:+.1f} %"
+        )
+    worst = max(abs(line["error"]) for line in judged if line["use"] == "judge")
+    console.say(f"largest error where it was not fitted: {100 * worst:.1f} % (aim: 10 %)")
+    if chosen.steps is not None:
+        content = {"machine": machine(torch.device("cpu")), "versions": versions(), "model": Path(name).name}
+        content |= {"clock": chosen.clock, "threads": torch.get_num_threads()}
+        content |= {"seed": chosen.seed, "model_of_steps": seconds.fields(), "judged": judged, "runs": done}
+        write(chosen.steps, content)
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """All policies that were chosen: inputs, versions, and a result for each."""
+    inputs = _inputs(chosen)
+    steps, beside = inputs.machine.steps(), None
+    if chosen.steps is not None:
+        steps, beside = read_steps(chosen.steps)
+    started, results = time.monotonic(), []
+    for policy in chosen.policies:
+        with console.bar(policy) as progress:
+            results.append(
+                simulate(policy, inputs, steps, replicas=chosen.replicas, everything=chosen.whole, progress=progress)
+            )
+    return {
+        "inputs": asdict(inputs) | {"replicas": chosen.replicas, "whole": chosen.whole},
+        "model_of_steps": steps.fields(),
+        "measured_on": beside and {key: beside.get(key) for key in ("machine", "model")},
+        "versions": versions(),
+        "seconds": time.monotonic() - started,
+        "results": results,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    chosen = options().parse_args(argv)
+    try:
+        if chosen.measure:
+            measured(chosen)
+            return 0
+        content = run(chosen)
+    except KvkernError as error:
+        console.note(console.error_text(error))
+        return 1
+    from rich.console import Console
+
+    workload = content["inputs"]["workload"]
+    Console(width=120).print(table(content["results"]))
+    console.say(
+        f"{workload['agents']:,.0f} agents; a step: {content['model_of_steps']['source']}; {content['seconds']:.1f} s"
+    )
+    if chosen.json is not None:
+        write(chosen.json, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
