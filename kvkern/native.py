@@ -170,6 +170,8 @@ def suffix_attention(
 
 def merge(a: State, b: State, *, instruction_set: str = "") -> State:
     """The fold alone, on states of any shape: m, l [...], acc [..., head_dim]."""
+    if not a.acc.dim():
+        raise ShapeError("a.acc", found="a single number", needed="[..., head_dim]", do="take the states of K1")
     for side, state in (("a", a), ("b", b)):
         for name, part, needed in (
             ("m", state.m, a.m.shape),
@@ -190,7 +192,9 @@ def merge(a: State, b: State, *, instruction_set: str = "") -> State:
 def _shape(q: Tensor, num_kv_heads: int) -> tuple[int, int, int, int]:
     """(rows, num_kv_heads, G, head_dim) of queries that csrc can take."""
     _number("q", q)
-    if q.dim() != 3 or q.shape[1] % num_kv_heads or q.shape[2] % 16 or not q.shape[2]:
+    if num_kv_heads < 1:
+        raise ShapeError("num_kv_heads", found=num_kv_heads, needed="1 or more", do="take that of the prefix")
+    if q.dim() != 3 or not q.shape[1] or q.shape[1] % num_kv_heads or q.shape[2] % 16 or not q.shape[2]:
         raise ShapeError(
             "q",
             found=list(q.shape),

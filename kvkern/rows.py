@@ -37,10 +37,20 @@ def append_fused(
     Raises ShapeError, DtypeError or DeviceError naming the argument, and IndexError for a row whose slot, position or page
     does not exist. Nothing is written then.
     """
-    if q.dim() != 3 or k.dim() != 3 or k_pages.dim() != 4 or page_table.dim() != 2 or q.dtype not in DTYPES:
-        raise ShapeError("q, k", found=[list(q.shape), list(k.shape)], needed="[rows, heads, head_dim]", do="pass rows")
+    if q.dim() != 3 or k.dim() != 3 or k_pages.dim() != 4 or page_table.dim() != 2:
+        raise ShapeError(
+            "q, k, k_pages, page_table",
+            found=[list(t.shape) for t in (q, k, k_pages, page_table)],
+            needed="3, 3, 4 and 2 dimensions",
+            do="pass [rows, heads, head_dim] twice, [pages, heads, page tokens, head_dim] and [slots, pages]",
+        )
+    if q.dtype not in DTYPES:
+        raise DtypeError("q", found=q.dtype, needed="float32, float16 or bfloat16", do="convert it")
     rows, heads, head_dim = q.shape
     kv_heads, num_pages, tokens, slots = k.shape[1], k_pages.shape[0], k_pages.shape[2], page_table.shape[0]
+    for name, count in (("heads of q", heads), ("heads of k", kv_heads), ("page tokens of k_pages", tokens)):
+        if not count:
+            raise ShapeError(name, found=0, needed="1 or more", do="bring rows and pages of one model")
     if head_dim % 2 or not head_dim:
         raise ShapeError("head_dim", found=head_dim, needed="an even number", do="bring heads that RoPE can turn")
     pages = (num_pages, kv_heads, tokens, head_dim)
