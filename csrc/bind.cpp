@@ -23,15 +23,22 @@ using namespace kvkern;
 namespace {
 
 template <class T>
-T* pointer(std::uintptr_t address, const char* field, std::int64_t count) {
+T* pointer(std::uintptr_t address, const char* field, std::int64_t count, std::int64_t align = alignof(T)) {
     if (address == 0 && count > 0) throw std::invalid_argument(std::string(field) + ": found address 0");
-    if (address % alignof(T) != 0) throw std::invalid_argument(std::string(field) + ": found an unaligned address");
+    if (address % static_cast<std::uintptr_t>(align) != 0)
+        throw std::invalid_argument(std::string(field) + ": found an unaligned address");
     return reinterpret_cast<T*>(address);
 }
 
-void not_negative(const char* field, std::int64_t value) {
-    if (value < 0) throw std::invalid_argument(std::string(field) + ": found " + std::to_string(value) + ", needed 0 or more");
+void in_range(const char* field, std::int64_t value, std::int64_t least, std::int64_t most) {
+    if (value < least || value > most)
+        throw std::invalid_argument(std::string(field) + ": found " + std::to_string(value) + ", needed " + std::to_string(least) +
+                                    " to " + std::to_string(most));
 }
+
+// A number of things, or of bytes of a row. The product of two does not overflow.
+constexpr std::int64_t MAX_SIZE = std::int64_t{1} << 31;
+void check_size(const char* field, std::int64_t value, std::int64_t least = 0) { in_range(field, value, least, MAX_SIZE); }
 
 void bind_append(std::uintptr_t k, std::uintptr_t v, std::uintptr_t k_pages, std::uintptr_t v_pages,
                  std::uintptr_t page_table, std::uintptr_t seq_lens, std::uintptr_t row_slot, std::uintptr_t row_back,
@@ -40,13 +47,13 @@ void bind_append(std::uintptr_t k, std::uintptr_t v, std::uintptr_t k_pages, std
                  std::array<std::int64_t, 3> k_page_strides, std::array<std::int64_t, 3> v_page_strides,
                  std::int64_t num_pages, std::int64_t page_tokens, std::int64_t slots, std::int64_t table_width,
                  std::int64_t table_stride) {
-    not_negative("rows", rows);
-    not_negative("num_kv_heads", num_kv_heads);
-    not_negative("row_bytes", row_bytes);
-    not_negative("num_pages", num_pages);
-    not_negative("slots", slots);
-    not_negative("table_width", table_width);
-    if (page_tokens < 1) throw std::invalid_argument("page_tokens: found " + std::to_string(page_tokens) + ", needed 1 or more");
+    check_size("rows", rows);
+    check_size("num_kv_heads", num_kv_heads);
+    check_size("row_bytes", row_bytes);
+    check_size("num_pages", num_pages);
+    check_size("slots", slots);
+    check_size("table_width", table_width);
+    check_size("page_tokens", page_tokens, 1);
 
     const Source from_k{pointer<const char>(k, "k", rows), k_strides};
     const Source from_v{pointer<const char>(v, "v", rows), v_strides};
@@ -67,7 +74,7 @@ void bind_append(std::uintptr_t k, std::uintptr_t v, std::uintptr_t k_pages, std
 }
 
 std::uint64_t bind_block_sum(std::uintptr_t address, std::int64_t size_bytes, std::uint64_t start_word) {
-    not_negative("size_bytes", size_bytes);
+    in_range("size_bytes", size_bytes, 0, INT64_MAX);
     if (size_bytes % 8 != 0)
         throw std::invalid_argument("size_bytes: found " + std::to_string(size_bytes) + ", needed a multiple of 8");
     const char* data = pointer<const char>(address, "address", size_bytes);
@@ -77,18 +84,30 @@ std::uint64_t bind_block_sum(std::uintptr_t address, std::int64_t size_bytes, st
 
 using Addresses = std::array<std::uintptr_t, 3>;
 
+std::int64_t size_of(Dtype dtype) { return dtype == FP32 ? 4 : 2; }
+
+template <std::size_t N>
+void whole_elements(const char* field, const std::array<std::int64_t, N>& strides, std::int64_t size) {
+    for (const std::int64_t stride : strides)
+        if (stride % size != 0)
+            throw std::invalid_argument(std::string(field) + ": found " + std::to_string(stride) +
+                                        " bytes, needed a multiple of " + std::to_string(size));
+}
+
 Queries queries(std::uintptr_t q, int dtype, std::array<std::int64_t, 4> shape, std::array<std::int64_t, 2> strides, float scale) {
     const auto [rows, num_kv_heads, group, head_dim] = shape;
-    for (const std::int64_t size : shape) not_negative("shape", size);
+    for (const std::int64_t size : shape) check_size("shape", size);
     if (dtype < FP32 || dtype > BF16) throw std::invalid_argument("dtype: found " + std::to_string(dtype) + ", needed 0 to 2");
     if (group < 1 || head_dim % 16 != 0 || head_dim < 16)
         throw std::invalid_argument("shape: needed a group of at least 1 and a head_dim that is a multiple of 16");
-    return {pointer<const char>(q, "q", rows), strides[0], strides[1], rows, num_kv_heads, group, head_dim, scale,
+    const std::int64_t size = size_of(static_cast<Dtype>(dtype));
+    whole_elements("q_strides", strides, size);
+    return {pointer<const char>(q, "q", rows, size), strides[0], strides[1], rows, num_kv_heads, group, head_dim, scale,
             static_cast<Dtype>(dtype)};
 }
 
 States states(const Addresses& parts, std::int64_t slots, std::int64_t rows) {
-    not_negative("num_states", slots);
+    check_size("num_states", slots);
     return {pointer<float>(parts[0], "m", slots * rows), pointer<float>(parts[1], "l", slots * rows),
             pointer<float>(parts[2], "acc", slots * rows), slots};
 }
@@ -97,9 +116,9 @@ void bind_prefix_attention(std::uintptr_t q, std::uintptr_t node_table, std::uin
                            std::array<std::int64_t, 4> shape, std::array<std::int64_t, 2> q_strides, float scale,
                            std::int64_t num_nodes, std::int64_t num_items, std::int64_t num_states, std::int64_t layer,
                            std::int64_t threads, const std::string& instruction_set) {
-    not_negative("num_nodes", num_nodes);
-    not_negative("num_items", num_items);
-    not_negative("layer", layer);
+    check_size("num_nodes", num_nodes);
+    check_size("num_items", num_items);
+    check_size("layer", layer);
     const Kernels& isa = kernels(instruction_set);
     PrefixCall call{};
     call.q = queries(q, dtype, shape, q_strides, scale);
@@ -122,17 +141,22 @@ void bind_suffix_attention(std::uintptr_t q, std::uintptr_t k_pages, std::uintpt
                            std::int64_t page_tokens, std::int64_t slots, std::int64_t table_width, std::int64_t table_stride,
                            std::int64_t num_tiles, std::int64_t num_paths, std::int64_t num_states, std::int64_t segment,
                            std::int64_t threads, const std::string& instruction_set) {
-    not_negative("num_pages", num_pages);
-    not_negative("slots", slots);
-    not_negative("table_width", table_width);
-    not_negative("num_tiles", num_tiles);
-    not_negative("num_paths", num_paths);
-    if (page_tokens < 1 || segment < 1) throw std::invalid_argument("page_tokens, segment: needed 1 or more");
+    check_size("num_pages", num_pages);
+    check_size("slots", slots);
+    check_size("table_width", table_width);
+    check_size("num_tiles", num_tiles);
+    check_size("num_paths", num_paths);
+    check_size("num_states", num_states);
+    check_size("page_tokens", page_tokens, 1);
+    check_size("segment", segment, 1);
     const Kernels& isa = kernels(instruction_set);
     SuffixCall call{};
     call.q = queries(q, dtype, shape, q_strides, scale);
-    call.k = {pointer<const char>(k_pages, "k_pages", num_pages), k_page_strides[0], k_page_strides[1], k_page_strides[2]};
-    call.v = {pointer<const char>(v_pages, "v_pages", num_pages), v_page_strides[0], v_page_strides[1], v_page_strides[2]};
+    const std::int64_t size = size_of(call.q.dtype);
+    whole_elements("k_page_strides", k_page_strides, size);
+    whole_elements("v_page_strides", v_page_strides, size);
+    call.k = {pointer<const char>(k_pages, "k_pages", num_pages, size), k_page_strides[0], k_page_strides[1], k_page_strides[2]};
+    call.v = {pointer<const char>(v_pages, "v_pages", num_pages, size), v_page_strides[0], v_page_strides[1], v_page_strides[2]};
     call.num_pages = num_pages;
     call.page_tokens = page_tokens;
     call.page_table = pointer<const std::int32_t>(page_table, "page_table", slots * table_width);
@@ -148,7 +172,7 @@ void bind_suffix_attention(std::uintptr_t q, std::uintptr_t k_pages, std::uintpt
     call.num_paths = num_paths;
     call.segment = segment;
     call.in = states(state, num_states, call.q.rows);
-    call.o = pointer<char>(o, "o", call.q.rows);
+    call.o = pointer<char>(o, "o", call.q.rows, size);
     call.lse = pointer<float>(lse, "lse", call.q.rows);
     const py::gil_scoped_release unlocked;
     suffix_attention(isa, call, threads);
@@ -156,8 +180,8 @@ void bind_suffix_attention(std::uintptr_t q, std::uintptr_t k_pages, std::uintpt
 
 void bind_fold(const Addresses& a, const Addresses& b, const Addresses& out, std::int64_t rows, std::int64_t head_dim,
                const std::string& instruction_set) {
-    not_negative("rows", rows);
-    not_negative("head_dim", head_dim);
+    check_size("rows", rows);
+    check_size("head_dim", head_dim);
     const Kernels& isa = kernels(instruction_set);
     const States from = states(a, 1, rows), next = states(b, 1, rows), to = states(out, 1, rows);
     const FoldCall call{rows, head_dim, from.m, from.l, from.acc, next.m, next.l, next.acc, to.m, to.l, to.acc};
@@ -166,7 +190,7 @@ void bind_fold(const Addresses& a, const Addresses& b, const Addresses& out, std
 }
 
 void bind_exp2(std::uintptr_t x, std::uintptr_t y, std::int64_t count, const std::string& instruction_set) {
-    not_negative("count", count);
+    check_size("count", count);
     kernels(instruction_set).exp2(pointer<const float>(x, "x", count), pointer<float>(y, "y", count), count);
 }
 
@@ -211,7 +235,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "prefer_huge_pages",
         [](std::uintptr_t address, std::int64_t size_bytes) {
-            not_negative("size_bytes", size_bytes);
+            in_range("size_bytes", size_bytes, 0, INT64_MAX);
             prefer_huge_pages(address, static_cast<std::size_t>(size_bytes));
         },
         py::arg("address"), py::arg("size_bytes"), "Advise huge pages for memory that has not been touched; nothing else changes.");

@@ -21,6 +21,7 @@ namespace {
 
 constexpr std::int64_t WORK_PER_THREAD = std::int64_t{1} << 15;  // elements: below, a wake costs more
 constexpr std::int64_t MAX_SIZE = std::int64_t{1} << 24;
+constexpr std::int64_t MAX_COUNT = std::int64_t{1} << 31;  // of rows, slots, pages: the product of two does not overflow
 
 const RowKernels& row_kernels(const std::string& name) {
     const std::string chosen = kernels(name).name;
@@ -34,6 +35,8 @@ const RowKernels& row_kernels(const std::string& name) {
 void needed(bool good, const std::string& field, const std::string& what) {
     if (!good) throw std::invalid_argument(field + ": needed " + what);
 }
+
+bool is_count(std::int64_t value) { return value >= 0 && value <= MAX_COUNT; }
 
 std::int64_t size_in(int dtype) {
     needed(dtype >= FP32 && dtype <= BF16, "dtype", "0 to 2");
@@ -68,7 +71,7 @@ void bind_norm(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
                std::array<std::int64_t, 2> shape, std::array<std::int64_t, 2> strides, float eps, std::int64_t threads,
                const std::string& instruction_set) {
     const std::int64_t align = size_in(dtype);
-    needed(shape[0] >= 0 && shape[1] >= 1 && shape[1] <= MAX_SIZE, "shape", "rows and 1 to 2^24 elements in each");
+    needed(is_count(shape[0]) && shape[1] >= 1 && shape[1] <= MAX_SIZE, "shape", "rows and 1 to 2^24 elements in each");
     needed((residual == 0) == (sum == 0), "sum", "an address where there is a residual");
     aligned("x, residual", strides, align);
     const RowNorm call{elements<const char>(x, "x", shape[0], align), elements<const char>(residual, "residual", 0, align),
@@ -83,7 +86,7 @@ void bind_norm(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
 void bind_gate(std::uintptr_t gate, std::uintptr_t up, std::uintptr_t out, int dtype, std::array<std::int64_t, 2> shape,
                std::array<std::int64_t, 2> strides, std::int64_t threads, const std::string& instruction_set) {
     const std::int64_t align = size_in(dtype);
-    needed(shape[0] >= 0 && shape[1] >= 1 && shape[1] <= MAX_SIZE, "shape", "rows and 1 to 2^24 elements in each");
+    needed(is_count(shape[0]) && shape[1] >= 1 && shape[1] <= MAX_SIZE, "shape", "rows and 1 to 2^24 elements in each");
     aligned("gate, up", strides, align);
     const RowGate call{elements<const char>(gate, "gate", shape[0], align), elements<const char>(up, "up", shape[0], align),
                        elements(out, "out", shape[0], align), shape[0], shape[1], strides[0], strides[1],
@@ -106,9 +109,10 @@ void bind_append_fused(const Addresses& numbers, const Addresses& turns, std::ar
     const std::int64_t align = size_in(dtype);
     const auto [rows, heads, kv_heads, head_dim] = shape;
     const auto [slots, width, table_stride, num_pages, page_tokens] = table;
-    needed(rows >= 0 && heads >= 1 && kv_heads >= 1, "shape", "rows and heads");
+    needed(is_count(rows) && heads >= 1 && heads <= MAX_SIZE && kv_heads >= 1 && kv_heads <= MAX_SIZE, "shape", "rows and heads");
     needed(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= MAX_SIZE, "shape", "an even head_dim");
-    needed(slots >= 0 && width >= 0 && num_pages >= 0 && page_tokens >= 1, "table", "no sizes below 0, pages of 1 token or more");
+    needed(is_count(slots) && is_count(width) && is_count(num_pages) && is_count(page_tokens) && page_tokens >= 1, "table",
+           "sizes of 0 to 2^31, pages of 1 token or more");
     aligned("q, k, v", strides, align);
     aligned("cos, sin", turn_strides, align);
     aligned("pages", page_strides, align);

@@ -50,6 +50,7 @@ void check(const PrefixCall& call) {
         within("item", i, "row end", item.row_end, item.row_begin, call.q.rows + 1);
         within("item", i, "node", item.node, 0, call.num_nodes);
         const Node& node = call.nodes[item.node];
+        within("node", item.node, "padded tokens", node.padded, 0, std::int64_t{1} << 40);
         within("node", item.node, "tokens", node.tokens, 1, node.padded + 1);
         within("node", item.node, "tokens in a segment", node.segment, 1, std::int64_t{1} << 40);
         if (node.address == 0 || node.address % align != 0)
