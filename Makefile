@@ -1,6 +1,7 @@
 # make demo    the main job: publish a document, let 256 agents ask it, compare with from scratch
 # make test    the suite             make lint    ruff and mypy             make bench   every benchmark
-# make test-full   after it: its larger cases, those of Triton on another one, planted mistakes, and what no test enters
+# make test-full   after it: its larger cases, those of Triton on another one, csrc/ under sanitizers, planted mistakes, and
+#                  what no test enters
 # make clean   what was built        make distclean   and the environments
 #
 # Needs python3 (3.11 or newer), g++ and make; what is missing is named before anything is downloaded. All else goes to
@@ -36,23 +37,26 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(TEST_ENV) $(BIN)/python $(PYTEST) --durations=10 $(ARGS) $(TESTS)
 
-# gcov is asked for first: it would be missed only after half an hour.
+# What comes with gcc is asked for first: it would be missed only after half an hour.
 test-full: $(VENV)/built $(VENV36)/built
 	@command -v gcov >/dev/null || { \
 	  echo "gcov: not found in PATH" >&2; \
 	  echo "  do: apt-get install gcc    (Debian, Ubuntu)" >&2; \
 	  echo "      dnf install gcc        (Fedora)" >&2; exit 1; }
+	@$(BIN)/python .ci/native_sanitized.py
 	rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
-	@echo "== 1 of 5: the larger cases"
+	@echo "== 1 of 6: the larger cases"
 	$(TEST_ENV) $(COUNTED) $(BIN)/python -m coverage run $(PYTEST) -m full --durations=25 $(ARGS) $(TESTS)
-	@echo "== 2 of 5: what depends on Triton, on $(TRITON36)"
+	@echo "== 2 of 6: what depends on Triton, on $(TRITON36)"
 	$(TEST_ENV) $(COUNTED) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON36) KVKERN_EXPECT_TRITON=$(TRITON36) \
 	  $(VENV36)/bin/python -m coverage run $(PYTEST) -m "triton and not full and not slow" --durations=10 $(ARGS) $(TESTS)
-	@echo "== 3 of 5: csrc/ built with counters, and its tests"
+	@echo "== 3 of 6: csrc/ built with counters, and its tests"
 	$(TEST_ENV) $(BIN)/python .ci/native_coverage.py $(COVERAGE) -n $(WORKERS) --dist worksteal
-	@echo "== 4 of 5: planted mistakes, each of which a test has to see"
+	@echo "== 4 of 6: csrc/ built with sanitizers, which have to report two mistakes, and its tests"
+	$(TEST_ENV) $(BIN)/python .ci/native_sanitized.py $(CURDIR)/build/sanitized -n $(WORKERS) --dist worksteal
+	@echo "== 5 of 6: planted mistakes, each of which a test has to see"
 	$(TEST_ENV) $(BIN)/python tests/mutants.py -j $(WORKERS)
-	@echo "== 5 of 5: what no test enters; again in build/coverage/report.txt"
+	@echo "== 6 of 6: what no test enters; again in build/coverage/report.txt"
 	@cd $(COVERAGE) && $(COUNTED) $(CURDIR)/$(BIN)/python -m coverage combine -q --rcfile=$(CURDIR)/pyproject.toml
 	@$(COUNTED) $(BIN)/python -m coverage json -q --include='kvkern/*' -o $(COVERAGE)/coverage.json
 	@$(BIN)/python .ci/coverage_report.py $(COVERAGE)
