@@ -449,6 +449,84 @@ def linear_table(path: Path) -> list[str]:
     return lines
 
 
+# -- a document by its length and by its agents ------------------------------------------------------------------------
+
+
+def document_table(path: Path) -> list[str]:
+    """What a document costs by its length, three ratios beside it, and by its agents."""
+    file = json.loads(path.read_text())
+    facts = file["machine"]
+    where = facts.get("gpu") or f"{facts['threads']} threads of {facts['cpu']}"
+    lines = [
+        f"What a document costs by its length, {where}, torch {facts['versions']['torch']}; medians. Load and attach verify every "
+        "digest; question: 16 tokens up to the first of the answer; step: one agent; answer: its other 63 tokens. Ratios of "
+        "these parts: the paper's, prefill / step; a reader's, (prefill + question + answer) / (load + question + answer); a "
+        "host's for N agents one after another, N (prefill + question + answer) / (prefill + N (question + answer)). "
+        f"File: `{path.relative_to(ROOT)}`.",
+        "",
+        "| tokens | model | dtype | KV | prefill | save | load, cold | load, warm | attach | from host memory | question | step | answer | "
+        "paper's | reader's | host's of 16 | of 1,024 |",
+        "|---" * 17 + "|",
+    ]
+    parts = [result for result in file["results"] if result["shape"]["part"] == "length"]
+    for result in sorted(parts, key=lambda result: result["document"]):
+        seconds, ratio = result["seconds"], result["ratios"]
+        cold = {True: "", False: " (not cold)", None: " (cold not confirmed)"}[result["cold"]]
+
+        def shown(name: str, digits: int = 3, unit: str = "s", seconds: dict[str, Any] = seconds) -> str:
+            if not seconds[name]:
+                return ""
+            return f"{statistics.median(seconds[name]) * (1e3 if unit == 'ms' else 1):.{digits}f} {unit}"
+
+        cells = [
+            f"{result['document']:,}",
+            result["shape"]["model"],
+            result["shape"]["dtype"],
+            f"{result['kv_bytes'] / 2**20:.1f} MiB",
+            shown("prefill"),
+            shown("save"),
+            shown("load_cold") + cold,
+            shown("load_warm"),
+            shown("attach"),
+            shown("copy_pinned", 1, "ms"),
+            shown("question", 1, "ms"),
+            shown("step", 2, "ms"),
+            shown("answer", 2),
+            f"{ratio['paper']:.1f}x",
+            f"{ratio['reader']:.2f}x",
+            f"{ratio['host_16']:.2f}x",
+            f"{ratio['host_1024']:.2f}x",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    parts = [result for result in file["results"] if result["shape"]["part"] == "agents"]
+    if parts:
+        lines += [
+            "",
+            "By its agents, over one shared copy: a step makes one token for each; from scratch (prefill, question and answer) is "
+            "measured for one agent and for no more.",
+            "",
+            "| agents | tokens | model | dtype | step | an agent | bytes an agent | with copies | one agent from scratch |",
+            "|---" * 9 + "|",
+        ]
+    for result in sorted(parts, key=lambda result: (result["document"], result["agents"])):
+        step = statistics.median(result["seconds"]["step"])
+        cells = [
+            f"{result['agents']:,}",
+            f"{result['document']:,}",
+            result["shape"]["model"],
+            result["shape"]["dtype"],
+            f"{step * 1e3:.2f} ms",
+            f"{result['step_per_agent_s'] * 1e3:.3f} ms",
+            f"{result['bytes_per_agent'] / 2**20:.1f} MiB",
+            f"{result['bytes_per_agent_copied'] / 2**20:.1f} MiB",
+            f"{result['scratch_one_s']:.2f} s",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for cell in file.get("failed", ()):
+        lines += ["", f"No time for {shape_text(cell['shape'])}: {' '.join(cell['reason'].split())}."]
+    return lines
+
+
 # -- all files ---------------------------------------------------------------------------------------------------------
 
 
@@ -469,7 +547,13 @@ def tables() -> str:
     lines: list[str] = []
     on_gpu = False
     for path in result_files():
-        make = {"demo": demo_table, "prefix": prefix_table, "layer": layer_table, "linear": linear_table}.get(path.stem)
+        make = {
+            "demo": demo_table,
+            "prefix": prefix_table,
+            "layer": layer_table,
+            "linear": linear_table,
+            "document": document_table,
+        }.get(path.stem)
         if make is not None:
             lines += [*make(path), ""]
             on_gpu |= make is layer_table and "gpu" in json.loads(path.read_text())["machine"]

@@ -1,0 +1,460 @@
+"""What a document costs by its length and by its agents, all by the public API: publish, save, load, Engine.
+
+    python bench/bench_document.py [--here] [--lengths 255 3774] [--agents 1 64] [--dtype bfloat16] [--model PATH] [--tiny]
+                                   [--random-qwen3-4b --device cuda] [--seconds 900]
+
+By default SmolLM2 of the demo over the first tokens of the GNU GPL 3; --random-qwen3-4b and --tiny take bench_engine's random
+models and random tokens. Naming --lengths alone leaves the agents out, and the other way round. After each cell document.json
+is written; a cell that it holds is skipped, one that failed is run again, none begins after --seconds.
+
+Before any time, first tokens are held against torch's attention without document or pages (bench_engine.check). In each cell
+a document that was loaded has to have the sums of all blocks and the first tokens of the one that was published: else the script ends.
+
+All times are of one clock on the host, the device idle before and after. Fields of a cell by length, seconds.NAME a list of samples:
+
+    prefill        publish: forward of all tokens, the 64-bit sums, the identity; the digest of the weights was taken before
+    save           write the .kv file with its SHA-256, synced
+    load_cold      kvkern.load, every digest verified, after the file's pages were dropped; `cold` says whether they were: true,
+                   false, or null where the file system does not tell
+    load_warm      the same with the file in the page cache
+    attach         kvkern.load(mmap=True), the CPU's way to open a file without a copy, verified as well; [] on a GPU
+    copy_pinned, copy_pageable   as many bytes from host memory into a GPU's; [] on the CPU
+    question       one agent: submit its 16 tokens, up to the first token of the answer
+    step           one token more for one agent over the resident document, within the invariant rounding class
+    answer         the other 63 of a 64-token answer
+    kv_bytes, file_bytes         of the KV, padded to 128 tokens, and of the file
+    ratios         of the medians, so computed from measured parts:
+                     paper    prefill / step
+                     reader   (prefill + question + answer) / (load + question + answer), load as `ratios.load` says
+                     host_N   N (prefill + question + answer) / (prefill + N (question + answer)), N agents one after another
+
+By agents: seconds.step (one token for every agent over one copy), bytes_per_agent (copy / N + pages of question and answer),
+bytes_per_agent_copied (each with a copy of its own), scratch_one_s: prefill, question and answer of one agent, which is measured
+for one and for no more.
+
+    document part=length P=3774 model=... | prefill <s> s, load <s> cold <s> warm, question <ms> ms, step <ms> ms, answer <s> s |
+             paper <n>x, reader <n>x, host <n>x of 1, <n>x of 16, ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bench_engine
+import torch
+from bench_engine import FAILURES, QUESTION, draw
+from harness import Bench, WrongResult, shown
+
+import kvkern
+from kvkern import cost, demo, opening
+from kvkern.demo_model import demo_model
+from kvkern.identity import model_geometry
+
+LENGTHS, AGENTS, DOCUMENT = (255, 512, 1024, 2048, 3774, 7500), (1, 16, 64, 256, 1024), 3774
+TINY_LENGTHS, TINY_AGENTS, TINY_DOCUMENT = (100, 255), (1, 3), 100
+ANSWER = 64
+"""Tokens of an answer."""
+FIRST = 8
+"""Tokens of an answer that are compared."""
+HOSTED = (1, 16, 256, 1024)
+WORDS = "\n\nOn which date was version 3 of this license published, and by which foundation was it?"
+
+Asked = tuple[float, list[float], float, list[int]]
+"""Seconds of the question, of each timed step, of all steps together, and the tokens."""
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default=None, help="a folder of a model; by default the demo's")
+    which.add_argument("--random-qwen3-4b", action="store_true", help="random weights in Qwen3-4B's shape")
+    which.add_argument("--tiny", action="store_true", help="a small random model: to see that all of it runs")
+    parser.add_argument(
+        "--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of a model that is read"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens of the documents")
+    parser.add_argument("--agents", type=int, nargs="+", default=None, help="these numbers of agents on one document")
+    parser.add_argument("--document", type=int, default=None, help="tokens of that one")
+    parser.add_argument("--scratch", type=Path, default=None, help="folder for .kv files, on the disk to be measured")
+    parser.add_argument("--no-invariant", dest="invariant", action="store_false", help="forwards of free shapes")
+    parser.add_argument(
+        "--part-seconds", type=float, default=1.0, help="a part is repeated for so long, at most 3 times"
+    )
+    parser.add_argument("--seconds", type=float, default=900.0, help="no cell begins after these")
+    parser.set_defaults(fuse=None)  # an engine decides
+
+
+# -- what is measured on -----------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A model, its tokenizer, and token ids of documents and questions."""
+
+    def __init__(self, bench: Bench) -> None:
+        chosen = bench.options
+        self.random = chosen.tiny or chosen.random_qwen3_4b
+        if self.random:
+            config = bench_engine.SMALL if chosen.tiny else bench_engine.QWEN3_4B
+            self.model = bench_engine.random_model(config, bench.device)
+            self.tokenizer = bench_engine.words(self.model.config.vocab_size)
+            return
+        self.model, self.tokenizer = opening.open_model(chosen.model or str(demo_model()), chosen.dtype, bench.device)
+        # No answer ends before its 64 tokens.
+        self.model.generation_config.eos_token_id = None
+        self.tokenizer.eos_token = None
+        text = opening.read_document(demo.DATA / demo.DOCUMENT)
+        self.text_ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def document(self, tokens: int) -> tuple[list[int], str]:
+        """Its token ids, and what they are."""
+        if self.random:
+            return draw(tokens, self.model.config.vocab_size), "random tokens"
+        times = -(-tokens // len(self.text_ids))
+        what = f"{demo.DOCUMENT}, of {len(self.text_ids)} tokens" + (f", {times} times over" if times > 1 else "")
+        return (self.text_ids * times)[:tokens], what
+
+    def question(self) -> list[int]:
+        if self.random:
+            return draw(QUESTION, self.model.config.vocab_size)
+        ids: list[int] = self.tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+        return (ids * QUESTION)[:QUESTION]
+
+
+def model_name(bench: Bench) -> str:
+    chosen = bench.options
+    if chosen.tiny or chosen.random_qwen3_4b:
+        return "tiny" if chosen.tiny else "qwen3-4b, random"
+    return Path(chosen.model).name if chosen.model else "SmolLM2-135M-Instruct"
+
+
+def model_dtype(bench: Bench) -> str:
+    """Known before the model is made, so that a file that is complete needs none."""
+    chosen, cuda = bench.options, bench.device.type == "cuda"
+    if chosen.tiny or chosen.random_qwen3_4b:
+        return "bfloat16" if cuda else "float32"
+    return chosen.dtype or opening.dtype_for(bench.device)
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+def idle(bench: Bench) -> None:
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize(bench.device)
+
+
+def clock(bench: Bench, run: Callable[[], Any]) -> float:
+    """Seconds of wall clock of one run, the device idle before and after."""
+    idle(bench)
+    began = time.perf_counter()
+    run()
+    idle(bench)
+    return time.perf_counter() - began
+
+
+def repeated(bench: Bench, once: Callable[[], float]) -> list[float]:
+    """Samples of a long part: three, or fewer where they have taken --part-seconds."""
+    samples = [once()]
+    while len(samples) < 3 and sum(samples) < bench.options.part_seconds:
+        samples.append(once())
+    return samples
+
+
+def forget(path: Path) -> bool | None:
+    """Drop a file from the page cache. True: it is gone; False: it is not; None: the file system does not tell."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        # A read that must not wait finds what is still in memory, and nothing else.
+        for part in range(4):
+            os.preadv(fd, [bytearray(1)], path.stat().st_size * part // 4, os.RWF_NOWAIT)
+    except OSError as error:
+        return (
+            True if error.errno == errno.EAGAIN else None if error.errno in (errno.EOPNOTSUPP, errno.EINVAL) else False
+        )
+    finally:
+        os.close(fd)
+    return False
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def prefill(bench: Bench, source: Source, ids: list[int]) -> tuple[kvkern.Document, list[float]]:
+    """A published document, and the samples; on a GPU the first run of a length compiles and chooses, and does not count."""
+    made: list[kvkern.Document] = []
+
+    def once() -> float:
+        while made:
+            made.pop().release()
+        tokenizer = None if source.random else source.tokenizer
+        return clock(bench, lambda: made.append(kvkern.publish(source.model, tokenizer, ids)))
+
+    if bench.device.type == "cuda":
+        once()
+    samples = repeated(bench, once)
+    return made.pop(), samples
+
+
+def ask(
+    bench: Bench,
+    engine: kvkern.Engine,
+    document: kvkern.Document,
+    question: list[int],
+    tokens: int,
+    *,
+    steps: bool = False,
+) -> Asked:
+    """One agent's answer of so many tokens: the question apart, then its steps, each by itself where they are wanted."""
+    made: list[Any] = []
+
+    def begin() -> None:
+        made.append(engine.submit(document, question, max_new_tokens=tokens, do_sample=False))
+        while not made[0].new_tokens and made[0].answer is None:
+            engine.step()
+
+    def rest() -> None:
+        while made[0].answer is None:
+            if steps:
+                samples.append(clock(bench, engine.step))
+            else:
+                engine.step()
+
+    samples: list[float] = []
+    asked = clock(bench, begin)
+    answered = clock(bench, rest)
+    found = list(made[0].answer.token_ids)
+    if len(found) != tokens:
+        raise RuntimeError(f"an answer of {len(found)} tokens, needed {tokens}: {made[0].answer}")
+    return asked, samples, answered, found
+
+
+def opened(
+    bench: Bench,
+    source: Source,
+    path: Path,
+    sums: torch.Tensor,
+    told: Callable[[kvkern.Document], bool],
+    *,
+    mmap: bool,
+) -> float:
+    """Seconds to load the file; raises WrongResult where it is not the document that was published, or answers otherwise."""
+    made: list[kvkern.Document] = []
+    tokenizer = None if source.random else source.tokenizer
+    seconds = clock(bench, lambda: made.append(kvkern.load(path, source.model, tokenizer, mmap=mmap)))
+    with made[0] as document:
+        if not torch.equal(document.sums, sums) or not told(document):
+            raise WrongResult("wrong result: a loaded document is not the published one; no time is reported")
+    return seconds
+
+
+def from_host(bench: Bench, size: int) -> dict[str, list[float]]:
+    """Seconds to copy so many bytes from host memory into memory of the GPU that is there already."""
+    if bench.device.type != "cuda":
+        return {"copy_pinned": [], "copy_pageable": []}
+    there = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    found = {}
+    for name, pinned in (("copy_pinned", True), ("copy_pageable", False)):
+        here = torch.ones(size, dtype=torch.uint8)
+        if pinned:
+            here = here.pin_memory()
+        there.copy_(here)
+        found[name] = [clock(bench, partial(there.copy_, here, non_blocking=True)) for _ in range(3)]
+    return found
+
+
+def ratios(medians: dict[str, float], *, cold: bool) -> dict[str, Any]:
+    """Three, from medians of the parts; see the top of this file."""
+    load = "load_cold" if cold else "load_warm"
+    before, own = medians["prefill"], medians["question"] + medians["answer"]
+    return {
+        "paper": before / medians["step"],
+        "reader": (before + own) / (medians[load] + own),
+        "load": load,
+        **{f"host_{n}": n * (before + own) / (before + n * own) for n in HOSTED},
+    }
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def by_length(bench: Bench, source: Source, engine: kvkern.Engine, tokens: int, folder: Path) -> dict[str, Any]:
+    ids, what = source.document(tokens)
+    question, cuda = source.question(), bench.device.type == "cuda"
+    path = folder / f"{tokens}.kv"
+    fresh, seconds = prefill(bench, source, ids)
+    samples: dict[str, list[float]] = {"prefill": seconds}
+    try:
+        # Compiles what this length needs; a GPU's kernels also for the pages of a whole answer.
+        first = ask(bench, engine, fresh, question, ANSWER if cuda else FIRST)[3][:FIRST]
+        samples["save"] = repeated(bench, lambda: clock(bench, lambda: fresh.save(path)))
+        gone: list[bool | None] = []
+
+        def told(document: kvkern.Document) -> bool:
+            return ask(bench, engine, document, question, FIRST)[3] == first
+
+        def load(*, cold: bool = False, mmap: bool = False) -> float:
+            if cold:
+                gone.append(forget(path))
+            return opened(bench, source, path, fresh.sums, told, mmap=mmap)
+
+        samples["load_cold"] = repeated(bench, lambda: load(cold=True))
+        samples["load_warm"] = repeated(bench, load)
+        samples["attach"] = [] if cuda else repeated(bench, lambda: load(mmap=True))
+        samples |= from_host(bench, fresh.size_bytes)
+        file_bytes = path.stat().st_size
+        answers: list[Asked] = []
+
+        def answer() -> float:
+            answers.append(ask(bench, engine, fresh, question, ANSWER))
+            return answers[-1][0] + answers[-1][2]
+
+        repeated(bench, answer)
+        samples["question"], samples["answer"] = [a[0] for a in answers], [a[2] for a in answers]
+        if any(a[3][:FIRST] != first for a in answers):
+            raise WrongResult("wrong result: the same question has another answer; no time is reported")
+        samples["step"] = ask(bench, engine, fresh, question, bench.options.samples + 1, steps=True)[1]
+        kv_bytes = fresh.size_bytes
+    finally:
+        fresh.release()
+        path.unlink(missing_ok=True)
+    cold = None if None in gone else all(gone)
+    medians = {name: statistics.median(found) for name, found in samples.items() if found}
+    return {
+        "backend": engine.backend.name,
+        "document": tokens,
+        "text": what,
+        "kv_bytes": kv_bytes,
+        "file_bytes": file_bytes,
+        "cold": cold,
+        "seconds": samples,
+        "ratios": ratios(medians, cold=cold is True),
+        "rounding": engine.describe()["rounding"],
+    }
+
+
+def by_agents(
+    bench: Bench, source: Source, document: kvkern.Document, agents: int, scratch: dict[str, float]
+) -> dict[str, Any]:
+    found = bench_engine.measure(bench, source.model, source.tokenizer, document, agents)
+    pages = cost.fit(
+        document.geometry, document_tokens=document.tokens, suffix_tokens=QUESTION + ANSWER, memory_bytes=1 << 60
+    ).suffix_bytes
+    steps = found.pop("seconds")["decode"]
+    return {
+        **found,
+        "seconds": {"step": steps},
+        "step_per_agent_s": statistics.median(steps) / agents,
+        "bytes_per_agent": document.size_bytes / agents + pages,
+        "bytes_per_agent_copied": document.size_bytes + pages,
+        "scratch_one": scratch,
+        "scratch_one_s": sum(scratch.values()),
+        "scratch_agents_measured": 1,
+    }
+
+
+def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
+    s: dict[str, Any] = {name: statistics.median(v) if v else None for name, v in found["seconds"].items()}
+    if shape["part"] == "agents":
+        return (
+            f"document {shown(shape)} | step {s['step'] * 1e3:.2f} ms, {found['step_per_agent_s'] * 1e3:.3f} ms an agent | "
+            f"{cost.render_bytes(found['bytes_per_agent'])} an agent, "
+            f"{cost.render_bytes(found['bytes_per_agent_copied'])} with copies | "
+            f"from scratch {found['scratch_one_s']:.2f} s, measured for one"
+        )
+    r = found["ratios"]
+    cold = {True: "cold", False: "not cold", None: "cold, not confirmed"}[found["cold"]]
+    attach = "" if s["attach"] is None else f", attach {s['attach']:.3f} s"
+    if s["copy_pinned"] is not None:
+        attach = f", from host {s['copy_pinned'] * 1e3:.1f} ms pinned, {s['copy_pageable'] * 1e3:.1f} ms pageable"
+    hosted = ", ".join(f"{r[f'host_{n}']:.2f}x of {n}" for n in HOSTED)
+    return (
+        f"document {shown(shape)} | {cost.render_bytes(found['kv_bytes'])}, prefill {s['prefill']:.3f} s, save {s['save']:.3f} s, "
+        f"load {s['load_cold']:.3f} s {cold}, {s['load_warm']:.3f} s warm{attach}, question {s['question'] * 1e3:.1f} ms, "
+        f"step {s['step'] * 1e3:.2f} ms, answer {s['answer']:.2f} s | paper {r['paper']:.1f}x, reader {r['reader']:.2f}x, "
+        f"host {hosted}"
+    )
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+def shapes(bench: Bench) -> list[dict[str, Any]]:
+    """Every cell that is wanted, lengths first."""
+    chosen = bench.options
+    kind = {
+        "model": model_name(bench),
+        "dtype": model_dtype(bench),
+        "backend": chosen.backend,
+        "invariant": chosen.invariant,
+    }
+    both = chosen.lengths is None and chosen.agents is None
+    lengths: Sequence[int] = chosen.lengths or ((TINY_LENGTHS if chosen.tiny else LENGTHS) if both else ())
+    agents: Sequence[int] = chosen.agents or ((TINY_AGENTS if chosen.tiny else AGENTS) if both else ())
+    tokens = chosen.document or (TINY_DOCUMENT if chosen.tiny else DOCUMENT)
+    return [{"part": "length", "P": p, **kind} for p in lengths] + [
+        {"part": "agents", "B": b, "P": tokens, **kind} for b in agents
+    ]
+
+
+def main() -> None:
+    bench, began = Bench.start("document", __doc__, extra=options), time.monotonic()
+    chosen = bench.options
+    bench.resume()
+    torch.seed()
+    left = [shape for shape in shapes(bench) if not bench.has(shape)]
+    if not left:
+        return
+    source = Source(bench)
+    bench_engine.check(source.model, source.tokenizer, chosen.backend, invariant=chosen.invariant, fused=chosen.fuse)
+    engine = kvkern.Engine(
+        source.model,
+        source.tokenizer,
+        max_agents=1,
+        memory_bytes=(QUESTION + ANSWER + chosen.samples + 64) * model_geometry(source.model).token_bytes(),
+        invariant=chosen.invariant,
+        backend=chosen.backend,
+        fused=chosen.fuse,
+    )
+    shared: kvkern.Document | None = None
+    scratch: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="kvkern-bench-", dir=chosen.scratch) as folder:
+        for shape in left:
+            if time.monotonic() - began > chosen.seconds:
+                break
+            try:
+                if shape["part"] == "length":
+                    found = by_length(bench, source, engine, shape["P"], Path(folder))
+                else:
+                    if shared is None:
+                        shared, samples = prefill(bench, source, source.document(shape["P"])[0])
+                        question = source.question()
+                        ask(bench, engine, shared, question, FIRST)
+                        asked, _, answered, _ = ask(bench, engine, shared, question, ANSWER)
+                        scratch = {"prefill": statistics.median(samples), "question": asked, "answer": answered}
+                    found = by_agents(bench, source, shared, shape["B"], scratch)
+            except FAILURES as error:
+                bench.fail(shape, error)
+            else:
+                bench.keep(shape, found)
+                print(line(shape, found), flush=True)
+            bench.save()
+            gc.collect()
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
