@@ -1,7 +1,7 @@
-"""One replica of the simulator: a queue, an engine's steps, documents that are loaded and evicted. Two simulators of it.
+"""One replica of the simulator: a queue, an engine's steps, documents that are loaded and evicted.
 
-`serve` is a plain loop over steps, a few microseconds for each agent. `serve_exact` says the same by simpy, as processes that
-wait for each other, and shares no code with it but the cache: the tests hold them against each other, agent by agent.
+`serve` is a plain loop over steps, some microseconds for each agent; replica_exact.py says the same by processes of simpy, and
+tests hold the two against each other, agent by agent.
 
 What a replica does with an agent that asks about document d:
 
@@ -21,10 +21,9 @@ import math
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import simpy
 from step_model import Seconds
 
 from kvkern.errors import CapacityError, RequestError
@@ -163,7 +162,8 @@ class Served:
     step_ends, step_busy  end of each step and busy seconds up to it
     row_steps       decode rows of all steps
     agent_seconds, queue_seconds  integrals over time of agents in the system, and of those queued
-    loads, disk_loads  documents or copies that were loaded, and how many of them from the disk
+    loaded_for      whether a load was begun for an agent
+    loads, disk_loads  loads in all, and how many of them from the disk
     end_s           when it stopped
     """
 
@@ -186,7 +186,7 @@ class Served:
         return int(self.loaded_for.sum())
 
 
-def _warm(replica: Replica, trace: Trace, warm: Iterable[int]) -> tuple[Cache, Cache]:
+def warmed(replica: Replica, trace: Trace, warm: Iterable[int]) -> tuple[Cache, Cache]:
     """Device and host as earlier reads have left them."""
     device, host = Cache(replica.device_bytes), Cache(replica.host_bytes)
     sizes = (trace.document_tokens * replica.token_bytes).tolist()
@@ -208,13 +208,23 @@ def serve(replica: Replica, trace: Trace, *, warm: Iterable[int] = (), until: fl
     return _Loop(replica, trace, warm).run(until)
 
 
+@dataclass(slots=True)
+class _Reader:
+    """An agent before its first token: tokens in its own pages, how many it needs there, and those of a shared document."""
+
+    agent: int
+    computed: int
+    wanted: int
+    shared: int
+
+
 class _Loop:
     """The state of `serve`."""
 
     def __init__(self, replica: Replica, trace: Trace, warm: Iterable[int]) -> None:
         self.replica = replica
         self.shared, self.copies = replica.policy == "shared", replica.policy == "copies"
-        self.device, self.host = _warm(replica, trace, warm)
+        self.device, self.host = warmed(replica, trace, warm)
         self.arrival: list[float] = trace.arrival.tolist()
         self.document: list[int] = trace.document.tolist()
         self.tokens: list[int] = trace.document_tokens.tolist()
@@ -239,6 +249,16 @@ class _Loop:
         self.disk_loads = 0
         self.present = self.queued = 0
         self.last = self.agent_seconds = self.queue_seconds = 0.0
+
+        self.step = 0
+        self.extending: list[_Reader] = []
+        self.ends: defaultdict[int, list[int]] = defaultdict(list)
+        """Agents by the step that gives them their last token."""
+        self.decode = self.decode_shared = self.decode_own = 0
+        """Agents that answer; tokens of their shared documents; tokens in their own pages."""
+        self.active: dict[int, int] = {}
+        """Agents in steps, by shared document."""
+        self.active_tokens = 0
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
@@ -342,24 +362,14 @@ class _Loop:
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def run(self, until: float) -> Served:
-        replica, shared = self.replica, self.shared
-        chunk, max_extend, seconds = replica.chunk, replica.max_extend, replica.seconds
-        tokens, document, question, answer = self.tokens, self.document, self.question, self.answer
-        waiting = self.waiting
-        extending: list[list[int]] = []
-        """[agent, tokens in its own pages, tokens that it needs there before it can answer]"""
-        ends: defaultdict[int, list[int]] = defaultdict(list)
-        """Agents by the step that gives them their last token."""
-        active: dict[int, int] = {}
-        """Agents in steps, by shared document."""
-        decode = decode_shared = decode_own = active_tokens = row_steps = step = 0
+        seconds = self.replica.seconds
         busy = now = 0.0
+        row_steps = 0
         step_ends: list[float] = []
         step_busy: list[float] = []
-
         while True:
             self._advance(now)
-            if not (decode or extending or waiting):
+            if not (self.decode or self.extending or self.waiting):
                 coming = self.arrival[self.coming] if self.coming < len(self.arrival) else math.inf
                 now = min(coming, self.load_end)
                 if now >= until or now == math.inf:
@@ -367,91 +377,27 @@ class _Loop:
                 continue
             if now >= until:
                 break
-
-            # the rows of this step
-            decode_own += decode
-            extend = row_tokens = own_tokens = budget = ones = 0
-            for entry in extending:
-                i, computed, wanted = entry
-                rows = min(chunk, wanted - computed)
-                extend += rows
-                budget += rows if wanted - computed > 1 else 0
-                row_tokens += rows * (computed + (tokens[document[i]] if shared else 0))
-                own_tokens += computed + rows
-                entry[1] = computed + rows
-            admitted = False
-            while waiting and (self.slots or self.copies):
-                i = waiting[0]
-                length = tokens[document[i]]
-                computed = length if self.copies else 0
-                wanted = question[i] + (0 if shared else length)
-                rows = min(chunk, wanted - computed)
-                if wanted - computed > 1 and budget + rows > max_extend:
-                    break
-                if not admitted:
-                    self._count(now)
-                    admitted = True
-                waiting.popleft()
-                self.queued -= 1
-                if not self.copies:
-                    self.slots -= 1
-                if shared:
-                    if document[i] not in active:
-                        active[document[i]] = 0
-                        active_tokens += length
-                    active[document[i]] += 1
-                extend += rows
-                budget += rows if wanted - computed > 1 else 0
-                row_tokens += rows * (computed + (length if shared else 0))
-                own_tokens += computed + rows
-                extending.append([i, computed + rows, wanted])
-                ones += 1
-
-            # its time
-            step += 1
-            took = seconds(decode, extend, row_tokens + decode_shared, active_tokens, own_tokens + decode_own)
-            row_steps += decode
+            self.step += 1
+            self.decode_own += self.decode
+            extend, row_tokens, own_tokens = self._extend(now)
+            row_tokens, own_tokens = row_tokens + self.decode_shared, own_tokens + self.decode_own
+            took = seconds(self.decode, extend, row_tokens, self.active_tokens, own_tokens)
+            row_steps += self.decode
             busy += took
             now += took
             step_ends.append(now)
             step_busy.append(busy)
             self._advance(now)
-
-            # who has a first token, and who the last
-            if extending:
-                left = []
-                for entry in extending:
-                    i, computed, wanted = entry
-                    if computed < wanted:
-                        left.append(entry)
-                        continue
-                    self.first[i] = now
-                    ends[step + answer[i] - 1].append(i)
-                    decode += 1
-                    decode_own += wanted
-                    if shared:
-                        decode_shared += tokens[document[i]]
-                extending = left
-            ended = ends.pop(step, None)
-            if ended is not None:
-                for i in ended:
-                    decode -= 1
-                    length = tokens[document[i]]
-                    decode_own -= question[i] + answer[i] - 1 + (0 if shared else length)
-                    if shared:
-                        decode_shared -= length
-                        active[document[i]] -= 1
-                        if not active[document[i]]:
-                            del active[document[i]]
-                            active_tokens -= length
-                self._release(ended, now)
-
+            if self.extending:
+                self._begin_answers(now)
+            if self.step in self.ends:
+                self._end_answers(now)
         self._count(min(now, until) if now != math.inf else self.last)
         return Served(
             first=np.array(self.first),
             end=np.array(self.end),
             queued=np.array(self.found),
-            steps=step,
+            steps=self.step,
             busy_s=busy,
             step_ends=np.array(step_ends),
             step_busy=np.array(step_busy),
@@ -463,135 +409,78 @@ class _Loop:
             end_s=self.last,
         )
 
+    def _extend(self, now: float) -> tuple[int, int, int]:
+        """(rows, row_tokens, suffix_tokens) of all that are being extended in this step, those admitted now included."""
+        chunk, budget = self.replica.chunk, self.replica.max_extend
+        for reader in self.extending:
+            left = reader.wanted - reader.computed
+            budget -= min(chunk, left) if left > 1 else 0
+        if self.waiting and (self.slots or self.copies):
+            self._count(now)
+            self._admit(budget)
+        extend = row_tokens = own_tokens = 0
+        for reader in self.extending:
+            rows = min(chunk, reader.wanted - reader.computed)
+            extend += rows
+            row_tokens += rows * (reader.shared + reader.computed)
+            reader.computed += rows
+            own_tokens += reader.computed
+        return extend, row_tokens, own_tokens
 
-# -- the same by processes ---------------------------------------------------------------------------------------------
+    def _admit(self, budget: int) -> None:
+        """Those who wait, in their order, as far as slots and so many extend rows allow."""
+        chunk, shared, copies = self.replica.chunk, self.shared, self.copies
+        while self.waiting and (self.slots or copies):
+            i = self.waiting[0]
+            length = self.tokens[self.document[i]]
+            computed = length if copies else 0
+            wanted = self.question[i] + (0 if shared else length)
+            if wanted - computed > 1:
+                rows = min(chunk, wanted - computed)
+                if rows > budget:
+                    return
+                budget -= rows
+            self.waiting.popleft()
+            self.queued -= 1
+            if not copies:
+                self.slots -= 1
+            if shared:
+                self._use(i, 1)
+            self.extending.append(_Reader(i, computed, wanted, length if shared else 0))
 
-
-class _Agent:
-    """One agent of `serve_exact`."""
-
-    def __init__(self, env: Any, trace: Trace, i: int) -> None:
-        self.document = int(trace.document[i])
-        self.length = int(trace.document_tokens[self.document])
-        self.question, self.answer = int(trace.question[i]), int(trace.answer[i])
-        self.own = self.needs = 0
-        self.made = 0
-        self.answered = env.event()
-        self.first = self.end = math.nan
-
-
-def serve_exact(replica: Replica, trace: Trace, *, warm: Iterable[int] = ()) -> tuple[np.ndarray, np.ndarray, int]:
-    """(first, end, loads) as `serve` has them, by simpy and without any running sum: for hundreds of agents, not for millions."""
-    replica.check(trace)
-    env = simpy.Environment()
-    policy, device_host = replica.policy, _warm(replica, trace, warm)
-    device, host = device_host
-    agents = [_Agent(env, trace, i) for i in range(len(trace.arrival))]
-    ready: list[_Agent] = []
-    running: list[_Agent] = []
-    slots = simpy.Resource(env, capacity=replica.slots)
-    link = simpy.Resource(env, capacity=1)
-    holders: dict[int, list[_Agent]] = defaultdict(list)
-    there: dict[int, Any] = {}  # events of documents that are being loaded
-    signal = {"ready": env.event(), "released": env.event()}
-    loads = 0
-
-    def announce(name: str) -> None:
-        signal[name].succeed()
-        signal[name] = env.event()
-
-    def load(document: int, size: float) -> Generator[Any, Any, None]:
-        nonlocal loads
-        loads += 1
-        with link.request() as mine:
-            yield mine
-            if policy == "shared":
-                while not device.put(document, size, [d for d, who in holders.items() if who]):
-                    yield signal["released"]
-            rate = replica.host_bytes_per_s if host.touch(document) else replica.disk_bytes_per_s
-            if document not in host and size <= host.capacity:
-                host.put(document, size)
-            yield env.timeout(size / rate)
-
-    def agent(mine: _Agent, arrival: float) -> Generator[Any, Any, None]:
-        yield env.timeout(arrival)
-        size = mine.length * replica.token_bytes
-        if policy == "shared":
-            holders[mine.document].append(mine)
-            host.touch(mine.document)
-            if mine.document in there:
-                yield there[mine.document]
-            elif not device.touch(mine.document):
-                there[mine.document] = env.event()
-                yield from load(mine.document, size)
-                device.touch(mine.document)
-                there.pop(mine.document).succeed()
-            mine.needs = mine.question
-        elif policy == "copies":
-            slot = slots.request()
-            yield slot
-            yield from load(mine.document, size)
-            mine.own, mine.needs = mine.length, mine.length + mine.question
+    def _use(self, i: int, more: int) -> None:
+        """One agent more, or less, in steps over its shared document."""
+        document = self.document[i]
+        agents = self.active.pop(document, 0)
+        if not agents:
+            self.active_tokens += self.tokens[document]
+        if agents + more:
+            self.active[document] = agents + more
         else:
-            mine.needs = mine.length + mine.question
-        ready.append(mine)
-        announce("ready")
-        yield mine.answered
-        if policy == "copies":
-            slots.release(slot)
-        if policy == "shared":
-            holders[mine.document].remove(mine)
-            announce("released")
+            self.active_tokens -= self.tokens[document]
 
-    def step() -> list[tuple[_Agent, int]]:
-        """Rows of each agent in the next step."""
-        rows = [(who, min(replica.chunk, max(who.needs - who.own, 0)) or 1) for who in running]
-        left = replica.max_extend - sum(own for who, own in rows if who.needs - who.own > 1)
-        while ready and (policy == "copies" or len(running) < replica.slots):
-            who = ready[0]
-            own = min(replica.chunk, who.needs - who.own)
-            if who.needs - who.own > 1 and own > left:
-                break
-            left -= own if who.needs - who.own > 1 else 0
-            running.append(ready.pop(0))
-            rows.append((who, own))
-        return rows
+    def _begin_answers(self, now: float) -> None:
+        """The first token of all whose last chunk this step was."""
+        still = []
+        for reader in self.extending:
+            if reader.computed < reader.wanted:
+                still.append(reader)
+                continue
+            self.first[reader.agent] = now
+            self.ends[self.step + self.answer[reader.agent] - 1].append(reader.agent)
+            self.decode += 1
+            self.decode_own += reader.wanted
+            self.decode_shared += reader.shared
+        self.extending = still
 
-    def engine() -> Generator[Any, Any, None]:
-        while True:
-            if not (ready or running):
-                yield signal["ready"]
-            rows = step()
-            together = [(who, own, who.length if policy == "shared" else 0) for who, own in rows]
-            answering = [(who, own, shared) for who, own, shared in together if who.made]
-            reading = [(who, own, shared) for who, own, shared in together if not who.made]
-            documents = {who.document: shared for who, _, shared in together}
-            yield env.timeout(
-                replica.seconds(
-                    len(answering),
-                    sum(own for _, own, _ in reading),
-                    sum(shared for *_, shared in answering)
-                    + sum(own * (shared + who.own) for who, own, shared in reading),
-                    sum(documents.values()),
-                    sum(who.own + own for who, own, _ in together),
-                )
-            )
-            for who, own in rows:
-                who.own += own
-                if who.own < who.needs:
-                    continue
-                who.made += 1
-                if who.made == 1:
-                    who.first = env.now
-                if who.made == who.answer:
-                    who.end = env.now
-                    running.remove(who)
-                    who.answered.succeed()
-            # Whoever was set free by the end of this step, and asks for the next one, has asked.
-            yield env.timeout(0)
-
-    for mine, arrival in zip(agents, trace.arrival.tolist(), strict=True):
-        env.process(agent(mine, arrival))
-    env.process(engine())
-    env.run()
-    return np.array([who.first for who in agents]), np.array([who.end for who in agents]), loads
+    def _end_answers(self, now: float) -> None:
+        """The last token of all whom this step gave it."""
+        ended = self.ends.pop(self.step)
+        for i in ended:
+            length = self.tokens[self.document[i]]
+            self.decode -= 1
+            self.decode_own -= self.question[i] + self.answer[i] - 1 + (0 if self.shared else length)
+            if self.shared:
+                self.decode_shared -= length
+                self._use(i, -1)
+        self._release(ended, now)

@@ -22,13 +22,15 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import simulate as sim
 import step_model
-from replica import POLICIES, Cache, Replica, Served, Trace, serve, serve_exact
+from replica import POLICIES, Cache, Replica, Served, Trace, serve
+from replica_exact import serve_exact
 from step_model import StepModel, by_arithmetic, fit, nonnegative_least_squares
+from workload import Inputs, Machine, Prices, Sampling, Source, Workload, parted
 
 STEPS = StepModel(0.01, 1e-3, 5e-4, 1e-6, 1e-5, 2e-5)
-SMALL = sim.Inputs(
-    sim.Workload(agents=4000, period_s=400.0, documents=40, document_tokens=200, document_spread=0.5, answer_tokens=10),
-    sim.Machine(
+SMALL = Inputs(
+    Workload(agents=4000, period_s=400.0, documents=40, document_tokens=200, document_spread=0.5, answer_tokens=10),
+    Machine(
         parameters=1e6,
         token_bytes=1e3,
         memory_bytes=5e6,
@@ -38,8 +40,8 @@ SMALL = sim.Inputs(
         disk_bytes_per_s=2e6,
         max_agents=8,
     ),
-    sim.Prices(),
-    sim.Sampling(groups=8, windows=20, sampled_agents=8000),
+    Prices(),
+    Sampling(groups=8, windows=20, sampled_agents=8000),
 )
 """A replica of some agents a second, with caches that are too small."""
 
@@ -111,7 +113,7 @@ def test_control_a_simulator_with_a_wrong_service_time_fails_the_formula(seed):
 
 
 def test_capacity_of_one_server_is_its_rate(seed):
-    source = sim.Source(sim.Workload(documents=1, question_tokens=1, answer_tokens=1, answer_spread=0), 0)
+    source = Source(Workload(documents=1, question_tokens=1, answer_tokens=1, answer_spread=0), 0)
     sized = sim.size(source, Replica("shared", deterministic(0.02), slots=1), load=0.7, seed=seed % 1000)
     assert sized.capacity == pytest.approx(50, rel=0.1)
 
@@ -214,7 +216,7 @@ def test_the_cache_is_a_naive_lru_by_bytes(capacity, reads):
 
 def test_the_past_of_a_window_is_the_order_of_last_reads(seed):
     """Against reads that are drawn one by one: how often each document is among the two last ones."""
-    source, rng, rounds = sim.Source(sim.Workload(documents=5, zipf=1.0), 0), rng_of(seed), 4000
+    source, rng, rounds = Source(Workload(documents=5, zipf=1.0), 0), rng_of(seed), 4000
     drawn, read = np.zeros(5), np.zeros(5)
     for _ in range(rounds):
         drawn[source.past(rng, math.inf)[-2:]] += 1
@@ -234,24 +236,24 @@ def chi_square(counts: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def test_arrivals_follow_the_wave_and_a_constant_rate_does_not(seed):
-    workload, rng = sim.Workload(agents=2e6, period_s=1000.0, wave=0.6), rng_of(seed)
-    arrival = sim.Source(workload, 0).poisson(rng, 0.0, 1000.0, 20)
+    workload, rng = Workload(agents=2e6, period_s=1000.0, wave=0.6), rng_of(seed)
+    arrival = Source(workload, 0).poisson(rng, 0.0, 1000.0, 20)
     counts, edges = np.histogram(arrival, bins=50, range=(0, 1000))
     times = (edges[:-1, None] + np.linspace(0.01, 19.99, 200)).mean(axis=1)
     assert (np.diff(arrival) >= 0).all()
     assert chi_square(counts, workload.rate(times) / 20 * 20) < 6
     assert workload.rate(np.array([500.0]))[0] == pytest.approx(workload.peak)
-    flat = sim.Source(replace(workload, wave=0.0), 0).poisson(rng, 0.0, 1000.0, 20)
+    flat = Source(replace(workload, wave=0.0), 0).poisson(rng, 0.0, 1000.0, 20)
     counts, _ = np.histogram(flat, bins=50, range=(0, 1000))
     assert chi_square(counts, workload.rate(times) / 20 * 20) > 100
 
 
 def test_documents_are_asked_by_their_popularity_in_every_pool(seed):
-    workload, rng, count = sim.Workload(documents=30, zipf=1.1), rng_of(seed), 50_000
+    workload, rng, count = Workload(documents=30, zipf=1.1), rng_of(seed), 50_000
     popularity, shares = workload.popularity(), []
-    pools = sim.parted(popularity, 3)
+    pools = parted(popularity, 3)
     for pool in range(3):
-        source = sim.Source(workload, 0, pool=pool, pools=3)
+        source = Source(workload, 0, pool=pool, pools=3)
         counts = np.bincount(source.documents(rng, count), minlength=30)
         mine = pools == pool
         assert counts[~mine].sum() == 0 and set(source.past(rng, math.inf)) == set(np.flatnonzero(mine))
@@ -394,7 +396,7 @@ def test_samples_that_cannot_be_fitted_are_refused(seed):
 
 
 def test_a_step_by_arithmetic_is_bytes_and_products_over_what_is_reached():
-    machine = sim.Machine()
+    machine = Machine()
     model = machine.steps()
     assert model.constant == pytest.approx(8.04e9 / 3.35e12 / 0.5)
     assert model(2, 3, 0, 0, 0) - model.constant == pytest.approx(5 * 2 * 4.02e9 / 989e12 / 0.5)
@@ -455,11 +457,35 @@ def test_the_command_writes_inputs_versions_and_results(tmp_path, capsys):
     assert [r["policy"] for r in content["results"]] == ["prefill", "copies", "shared", "ship"]
     assert content["inputs"]["sampling"]["seed"] == 0 and content["inputs"]["workload"]["agents"] == 3000
     assert (
-        content["measured_on"] == {"machine": {}, "model": "tiny"} and {"simpy", "numpy"} <= content["versions"].keys()
+        content["measured_on"] == {"machine": {}, "model": "tiny"} and {"kvkern", "numpy"} <= content["versions"].keys()
     )
     assert "time to first token, p99, s" in out and "3,000 agents; a step: a test" in out
     for result in content["results"]:
         assert result["estimates"]["answer_p99_s"]["value"] >= result["estimates"]["answer_p50_s"]["value"] > 0
+
+
+def test_a_period_in_which_nobody_comes_is_written_without_nan(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    argv = [*TINY, "--agents", "1e-6", "--whole", "--policies", "shared", "--json", str(path)]
+    assert sim.main(argv) == 0 and "NaN" not in path.read_text()
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["estimates"]["first_p99_s"] == {"value": None, "error": None} and result["replicas"] == 1
+
+
+def test_measure_fits_judges_and_writes_what_simulate_reads(tmp_path, capsys):
+    folder, path = tmp_path / "model", tmp_path / "steps.json"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    argv = ["--measure", "--model", str(folder), "--steps", str(path), "--clock", "cpu", "--measure-answer", "3"]
+    argv += ["--fit-agents", "2", "4", "--judge-agents", "3", "--measure-document", "70"]
+    assert sim.main(argv) == 0
+    out, content = capsys.readouterr().out, json.loads(path.read_text())
+    assert "predicted" in out and "largest error where it was not fitted" in out
+    used = [step for run in content["runs"] if run["use"] == "fit" for step in run["steps"]]
+    assert content["model_of_steps"]["source"] == f"fitted to {len(used)} measured steps"
+    assert [line["agents"] for line in content["judged"] if line["use"] == "judge"] == [3]
+    model, _ = sim.read_steps(path)
+    assert model == fit(used) and content["clock"] == "cpu"
 
 
 @pytest.mark.parametrize(
