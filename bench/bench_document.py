@@ -12,7 +12,9 @@ a document that was loaded has to have the sums of all blocks and the first toke
 
 All times are of one clock on the host, the device idle before and after. Fields of a cell by length, seconds.NAME a list of samples:
 
-    prefill        publish: forward of all tokens, the 64-bit sums, the identity; the digest of the weights was taken before
+    prefill        publish: forward of all tokens, the 64-bit sums, the identity with the tokenizer's digest, where there is a
+                   tokenizer; the digest of the weights was taken before
+    forward        of that, up to the last token
     save           write the .kv file with its SHA-256, synced
     load_cold      kvkern.load, every digest verified, after the file's pages were dropped; `cold` says whether they were: true,
                    false, or null where the file system does not tell
@@ -192,20 +194,29 @@ def forget(path: Path) -> bool | None:
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def prefill(bench: Bench, source: Source, ids: list[int]) -> tuple[kvkern.Document, list[float]]:
+def prefill(bench: Bench, source: Source, ids: list[int]) -> tuple[kvkern.Document, dict[str, list[float]]]:
     """A published document, and the samples; on a GPU the first run of a length compiles and chooses, and does not count."""
     made: list[kvkern.Document] = []
+    tokenizer = None if source.random else source.tokenizer
+    forward: list[float] = []
 
     def once() -> float:
         while made:
             made.pop().release()
-        tokenizer = None if source.random else source.tokenizer
-        return clock(bench, lambda: made.append(kvkern.publish(source.model, tokenizer, ids)))
+
+        def progress(done: int, total: int) -> None:
+            if done == total:  # The sums that follow wait for the device anyway.
+                idle(bench)
+                forward.append(time.perf_counter() - began)
+
+        began = time.perf_counter()
+        return clock(bench, lambda: made.append(kvkern.publish(source.model, tokenizer, ids, progress=progress)))
 
     if bench.device.type == "cuda":
         once()
+        forward.clear()
     samples = repeated(bench, once)
-    return made.pop(), samples
+    return made.pop(), {"prefill": samples, "forward": forward}
 
 
 def ask(
@@ -294,8 +305,7 @@ def by_length(bench: Bench, source: Source, engine: kvkern.Engine, tokens: int, 
     ids, what = source.document(tokens)
     question, cuda = source.question(), bench.device.type == "cuda"
     path = folder / f"{tokens}.kv"
-    fresh, seconds = prefill(bench, source, ids)
-    samples: dict[str, list[float]] = {"prefill": seconds}
+    fresh, samples = prefill(bench, source, ids)
     try:
         # Compiles what this length needs; a GPU's kernels also for the pages of a whole answer.
         first = ask(bench, engine, fresh, question, ANSWER if cuda else FIRST)[3][:FIRST]
@@ -443,7 +453,11 @@ def main() -> None:
                         question = source.question()
                         ask(bench, engine, shared, question, FIRST)
                         asked, _, answered, _ = ask(bench, engine, shared, question, ANSWER)
-                        scratch = {"prefill": statistics.median(samples), "question": asked, "answer": answered}
+                        scratch = {
+                            "prefill": statistics.median(samples["prefill"]),
+                            "question": asked,
+                            "answer": answered,
+                        }
                     found = by_agents(bench, source, shared, shape["B"], scratch)
             except FAILURES as error:
                 bench.fail(shape, error)

@@ -61,8 +61,14 @@ def test_cells_by_length_and_by_agents_hold_samples_and_what_follows_from_them(
         "answer": 1,
         "step": 3,
     }
-    assert {name: len(found) for name, found in s.items()} == {**counts, "copy_pinned": 0, "copy_pageable": 0}
+    assert {name: len(found) for name, found in s.items()} == {
+        **counts,
+        "forward": 1,
+        "copy_pinned": 0,
+        "copy_pageable": 0,
+    }
     assert all(second > 0 for found in s.values() for second in found)
+    assert s["forward"][0] < s["prefill"][0]
     (p,), (a,), (q,), (load,) = s["prefill"], s["answer"], s["question"], s[length["ratios"]["load"]]
     assert length["ratios"]["load"] == ("load_cold" if length["cold"] is True else "load_warm")
     assert length["ratios"]["paper"] == pytest.approx(p / statistics.median(s["step"]))
