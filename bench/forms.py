@@ -1,6 +1,6 @@
 """K1 and K2 in other forms than the launchers': tiles, warps, stages, changes of the source, and cuts of a prefix. For CUDA.
 
-    python bench/forms.py [--only K1 K2 cuts] [--compile 12] [--samples 15] [--seconds 90] [--out bench/results/NAME]
+    python bench/forms.py [--only K1 K2 cuts] [--forms WORD ...] [--compile 12] [--samples 15] [--seconds 90] [--out bench/results/NAME]
 
 Each form runs on the operands of one layer's step; its state, or its output, is compared with the default form's before it
 has a time: `same_bits`, and `error`, the largest difference relative to the largest value, which ends a form above 1 %. A
@@ -68,8 +68,10 @@ def tile(m: int, n: int, warps: int, stages: int, **more: Any) -> Form:
 
 
 K1_FORMS = [
-    Form("default"),
+    Form("plain"),
     Form("hopper", hopper=True),
+    Form("hopper, 64 keys", edits=(("STAGES = 64, 128, 2", "STAGES = 64, 64, 4"),), hopper=True),
+    Form("hopper, 4 stages", edits=(("STAGES = 64, 128, 2", "STAGES = 64, 128, 4"),), hopper=True),
     Form("hopper, waits of 0", edits=(("warpgroup_mma_wait(1, deps=(s,))", "warpgroup_mma_wait(0, deps=(s,))"),), hopper=True),
     tile(64, 128, 4, 2),
     tile(128, 64, 8, 2),
@@ -94,6 +96,7 @@ K2_FORMS = [
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=("K1", "K2", "cuts"), default=["K1", "K2", "cuts"])
+    parser.add_argument("--forms", nargs="+", default=None, help="forms whose name holds one of these words alone")
     parser.add_argument("--compile", type=int, default=0, help="processes that compile all forms first")
     parser.add_argument("--part", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=90.0, help="no form begins after these")
@@ -172,7 +175,7 @@ class Step:
             return {name: known | form.options for name, known in usual(*of).items()}
 
         def call() -> Any:
-            with changed(module, forms=forms):
+            with changed(module, forms=forms, _hopper=module._hopper if form.name == "default" else lambda q: None):
                 return module.prefix_attention(
                     self.queries, t.node_table, t.items, t.path_table, num_kv_heads=g.num_kv_heads, **common
                 )
@@ -306,7 +309,8 @@ class Runner:
         amount: dict[str, float],
         slots: int,
     ) -> None:
-        if self.bench.has(shape) or self.over:
+        words = self.bench.options.forms
+        if self.bench.has(shape) or self.over or (words and not any(word in shape["form"] for word in words)):
             return
         try:
             call = run()
@@ -335,7 +339,7 @@ def k1_forms(runner: Runner, shapes: list[tuple[int, int, int, int]]) -> None:
         amount = {"tflops": prefix_flop(step)} if B > 1 else {"gbs": float(step.case.geometry.token_bytes() * P)}
         slots = int((step.plan.tensors.path_table[0] > 0).sum())
         with changed(prefix, SMALL_ROWS=0):
-            expected = step.k1(Form("default"))()
+            expected = step.k1(Form("plain"))()
             for form in K1_FORMS:
                 shape = shape_of("K1", form.name, B, P, S, head_dim)
                 runner.form(shape, functools.partial(step.k1, form), expected, amount, slots)
@@ -395,7 +399,7 @@ def compile_part(device: torch.device, part: int, parts: int) -> None:
         with contextlib.suppress(Exception):
             step = steps.setdefault((S, head_dim), Step.make(20, 2048, S, head_dim, device))
             with changed(prefix, SMALL_ROWS=0):
-                run = step.k1(form if kind == "K1" else Form("default"))
+                run = step.k1(form if kind == "K1" else Form("plain"))
                 state = run()
             if kind == "K2":
                 step.k2(form, state)()

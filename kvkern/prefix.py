@@ -51,7 +51,8 @@ class SharedPrefix:
                 do="give a text that is not empty",
             )
         self.geometry = geometry
-        self.device = torch.device(device)
+        # As tensors name it: "cuda" is the current one, of a number.
+        self.device = torch.empty(0, device=device).device
         self.parent = parent
         self._token_ids = token_ids.detach().to("cpu", torch.int64, copy=True)
         self.tokens = int(token_ids.numel())

@@ -145,6 +145,7 @@ class Buffer:
         self.copying = self.reading = 0
         self.unfenced = False
         self.source: tuple[Barrier, int] | None = None
+        self.writer: Partition | None = None
         self.reads: dict[Partition, int] = {}
 
     machine: Machine
@@ -157,8 +158,16 @@ class Buffer:
         self.machine.pause()
         self.written_by(self.machine.current, "stored")
         self.data = np.asarray(self.dtype.cast(x), np.float32)
-        self.unfenced, self.source = True, None
+        self.unfenced, self.source, self.writer = True, None, self.machine.current
         self.machine.current.stored.append(self)
+
+    def load(self, layout: Any) -> Value:
+        """What this partition stored. That no barrier is asked for is right only where a thread loads what it stored itself."""
+        self.machine.pause()
+        mine = self.machine.current
+        if self.writer is not mine:
+            raise Fault(f"{mine.name}: loads from a buffer that it has not stored to")
+        return value(self.data)
 
     def written_by(self, partition: Partition, how: str) -> None:
         if self.copying:
@@ -435,6 +444,7 @@ class Names:
             constexpr=int,
             NVMMADistributedLayout=lambda *a, **k: "registers",
             NVMMASharedLayout=lambda *a, **k: "shared",
+            SwizzledSharedLayout=lambda *a, **k: "swizzled",
             SliceLayout=lambda *a: "slice",
             BlockedLayout=lambda *a: "blocked",
             DotOperandLayout=lambda *a: "operand",

@@ -281,6 +281,7 @@ def in_form(name: str, case: Case, **change: int) -> list[Out]:
     prefix: Any = importlib.import_module("kvkern.kernels.prefix")
     real, seen = prefix.forms, []  # type: ignore[var-annotated]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVKERN_PREFIX", "plain")
         patch.setattr(prefix, "SMALL_ROWS", 2**30 if name == "small" else 0)
         patch.setattr(prefix, "forms", lambda *of: Seen({n: form | change for n, form in real(*of).items()}, seen))
         outs = cases.attend("triton", case, workers_per_node=2)
@@ -320,14 +321,15 @@ def check_workers_of_k2(case: Case, counts: Sequence[int]) -> None:
 
 
 def check_hopper(device: str, dtype: torch.dtype, G: int, head_dim: int) -> None:
-    """The kernel that KVKERN_PREFIX=hopper names against the default one, few rows and many, walks folded and apart."""
+    """The kernel that KVKERN_PREFIX=hopper names against the plain one, few rows and many, walks folded and apart."""
     for case in (
         tree(device, dtype, G, head_dim),
         cases.decode_case(Geometry(2, 2 * G, 2, head_dim, dtype), torch.device(device), 70, 300),
     ):
         for workers in (1, 3):
-            expected = cases.attend("triton", case, workers_per_node=workers)
             with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("KVKERN_PREFIX", "plain")
+                expected = cases.attend("triton", case, workers_per_node=workers)
                 patch.setenv("KVKERN_PREFIX", "hopper")
                 outs = cases.attend("triton", case, workers_per_node=workers)
             assert_same_case(outs, expected)
@@ -459,7 +461,7 @@ def test_dependent_launches_have_the_bits_of_others(monkeypatch: pytest.MonkeyPa
 @needs_gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("dtype", "G"), [(torch.bfloat16, 4), (torch.float16, 7)], ids=str)
-def test_the_hopper_kernel_has_the_bits_of_the_default_one(dtype: torch.dtype, G: int, head_dim: int) -> None:
+def test_the_hopper_kernel_has_the_bits_of_the_plain_one(dtype: torch.dtype, G: int, head_dim: int) -> None:
     """In a process of its own: waits that never end must not take the others with them."""
     from kvkern.kernels import prefix_hopper
 
@@ -561,7 +563,7 @@ def test_the_check_of_the_hopper_kernel_holds_for_a_stand_in_and_catches_another
 
     def stand_in(q: Any, node_table: Any, items: Any, path_table: Any, **options: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("KVKERN_PREFIX")
+            patch.setenv("KVKERN_PREFIX", "plain")
             state = prefix.prefix_attention(q, node_table, items, path_table, num_kv_heads=q.shape[0], **options)
         return state._replace(l=state.l * factor)
 

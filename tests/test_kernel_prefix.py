@@ -183,16 +183,16 @@ def test_the_kernel_that_the_environment_names_runs_or_is_refused(monkeypatch: p
     expected = case.run()
     asked: list[tuple[Any, ...]] = []
     stand_in = ModuleType("kvkern.kernels.prefix_hopper")
-    reasons: list[str | None] = [None, "compute capability 8.0 is not 9.0"]
+    reasons: list[str | None] = [None, "compute capability 8.0 is not 9.0", None, "sm_80"]
 
     def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         asked.append((device, dtype, head_dim))
-        return reasons[len(asked) - 1]
+        return reasons.pop(0)
 
     def attention(q: Any, node_table: Any, items: Any, path_table: Any, *, layer: int, sm_scale: float) -> Any:
         asked.append((layer, sm_scale))
         with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("KVKERN_PREFIX")
+            patch.setenv("KVKERN_PREFIX", "plain")
             return prefix.prefix_attention(
                 q, node_table, items, path_table, num_kv_heads=1, layer=layer, sm_scale=sm_scale
             )
@@ -207,9 +207,22 @@ def test_the_kernel_that_the_environment_names_runs_or_is_refused(monkeypatch: p
         case.run()
     for other in ("", "Hopper", "gluon"):
         monkeypatch.setenv("KVKERN_PREFIX", other)
-        with pytest.raises(BackendError, match=rf"^KVKERN_PREFIX: found {other}, needed hopper"):
+        with pytest.raises(BackendError, match=rf"^KVKERN_PREFIX: found {other}, needed plain, hopper"):
             case.run()
     assert len(asked) == 2
+    monkeypatch.setenv("KVKERN_PREFIX", "plain")
+    assert_same(case.run(), expected, [0])
+    assert len(asked) == 2
+
+    # Unasked: where the step is one for it, and it serves.
+    monkeypatch.delenv("KVKERN_PREFIX")
+    assert_same(case.run(), expected, [0])
+    assert len(asked) == 2
+    monkeypatch.setattr(prefix, "_large", lambda _: True)
+    assert_same(case.run(), expected, [0])
+    assert asked[2:] == [(torch.device("cpu"), torch.float32, 64), (1, case.sm_scale)]
+    assert_same(case.run(), expected, [0])
+    assert asked[4:] == [(torch.device("cpu"), torch.float32, 64)]
 
 
 @interpreted

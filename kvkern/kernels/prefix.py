@@ -16,7 +16,9 @@ Bound by the tensor cores from about 50 agents of 4 query heads a kv head, by re
 Speed is not measured. From sm_90 on, K and V come by tensor descriptors that each program makes from the node table's
 addresses (256 B of memory a program); before, and for fp32, by pointers.
 
-KVKERN_PREFIX=hopper chooses the kernel of prefix_hopper, KVKERN_DEBUG=1 checks work items, KVKERN_PDL=1 is in tiles.
+On sm_90, in 16 bits, a step of more than SMALL_ROWS packed rows runs the kernel of prefix_hopper, which has the same bits.
+KVKERN_PREFIX=plain or =hopper chooses one for all, KVKERN_DEBUG=1 checks work items, KVKERN_PDL=1 is in tiles; both of these
+are of the plain kernel.
 """
 
 import importlib
@@ -32,7 +34,7 @@ from torch import Tensor
 from kvkern.errors import BackendError
 from kvkern.geometry import next_power_of_2
 from kvkern.kernels.state import ROUNDING, fold, load, start, step, store
-from kvkern.kernels.tiles import arch_of, descriptors, on, scratch, switches, tiles
+from kvkern.kernels.tiles import arch_of, debug, dependent_launch, descriptors, on, scratch, switches, tiles
 from kvkern.plain import State
 from kvkern.plan import PREFIX_BLOCK_M
 
@@ -205,9 +207,9 @@ def prefix_attention(
     q [num_kv_heads, T, G, head_dim], as `append` packs it. Returns m, l [S, num_kv_heads, T * G] and acc
     [S, num_kv_heads, T * G, head_dim], fp32; packed row = token * G + g. Slots that no work item fills are left as they come.
     """
-    if (choice := os.environ.get("KVKERN_PREFIX")) is not None:
-        run = _chosen(choice, q)
-        return run(q, node_table, items, path_table, layer=layer, sm_scale=sm_scale)
+    hopper = _hopper(q)
+    if hopper is not None:
+        return hopper(q, node_table, items, path_table, layer=layer, sm_scale=sm_scale)
     _, rows, G, head_dim = q.shape
     shape = (path_table.shape[1], num_kv_heads, rows * G)
     m = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -238,15 +240,24 @@ def prefix_attention(
     return State(m, l, acc)
 
 
-def _chosen(choice: str, q: Tensor) -> Callable[..., State]:
-    """The kernel that KVKERN_PREFIX names, which serves or is refused."""
-    if choice != "hopper":
+def _hopper(q: Tensor) -> Callable[..., State] | None:
+    """The kernel of prefix_hopper, where KVKERN_PREFIX or the step asks for it and it serves; None: the plain one."""
+    choice = os.environ.get("KVKERN_PREFIX")
+    if choice == "plain" or (choice is None and not _large(q)):
+        return None
+    if choice not in (None, "hopper"):
         raise BackendError(
-            "KVKERN_PREFIX", found=choice, needed="hopper, or no such variable", do="unset it to run the default kernel"
+            "KVKERN_PREFIX", found=choice, needed="plain, hopper, or no such variable", do="unset it: the step decides"
         )
     prefix_hopper = importlib.import_module("kvkern.kernels.prefix_hopper")
     reason = prefix_hopper.why_not(q.device, q.dtype, q.shape[-1])
-    if reason is not None:
+    if reason is not None and choice is not None:
         raise BackendError("KVKERN_PREFIX", found=f"hopper: {reason}", needed="what that kernel serves", do="unset it")
-    run: Callable[..., State] = prefix_hopper.prefix_attention_hopper
+    run: Callable[..., State] | None = prefix_hopper.prefix_attention_hopper if reason is None else None
     return run
+
+
+def _large(q: Tensor) -> bool:
+    """Whether a step on a GPU is one for the kernel of prefix_hopper, which knows no debug mode and no dependent launch."""
+    _, rows, G, _ = q.shape
+    return q.is_cuda and rows * G > SMALL_ROWS and G <= PREFIX_BLOCK_M and not (debug() or dependent_launch(q.device))

@@ -145,6 +145,7 @@ if gluon is not None:
         tile,
         qk_scale,
         left,
+        FIRST: gl.constexpr,
         LAST: gl.constexpr,
         S_LAYOUT: gl.constexpr,
         O_LAYOUT: gl.constexpr,
@@ -152,8 +153,14 @@ if gluon is not None:
         BLOCK_N: gl.constexpr,
         STAGES: gl.constexpr,
     ):
-        """Q K^T of `tile`, whose K has come, and P V of the tile before it, whose P is `p`; the softmax runs under P V."""
+        """Q K^T of `tile` and P V of the tile before it, whose P is `p`; the softmax runs under P V.
+
+        FIRST: `tile` begins a segment, whose m and l are given; acc is then that of the segment before, complete. LAST: it ends
+        one; else the wait for the next K is in here, and `tile` finds its own waited for.
+        """
         stage, before = tile % STAGES, (tile - 1) % STAGES
+        if FIRST:
+            mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S_LAYOUT)
         s = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
         # Converted only now: the fp32 values cost nothing to carry, and this runs while Q K^T does.
@@ -162,13 +169,16 @@ if gluon is not None:
         acc = warpgroup_mma(operand, v_ring.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(k_free.index(stage))
-        m, l, alpha, p = softmax(m, l, s, qk_scale, left, LAST, S_LAYOUT, BLOCK_N)
+        m, l, alpha, p = softmax(m, l, s, qk_scale, left, FIRST or LAST, S_LAYOUT, BLOCK_N)
         # A wait loop between the softmax and the wait for P V: without it ptxas moves the latter above the exponentials.
-        if not LAST:
+        if FIRST:
+            mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1, pred=left > BLOCK_N)
+        elif not LAST:
             mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(before))
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        if not FIRST:
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
         return m, l, acc, p
 
     @gluon.jit
@@ -184,6 +194,7 @@ if gluon is not None:
         num_kv_heads,
         qk_scale,
         q_tile,
+        total,
         k_ring,
         v_ring,
         k_full,
@@ -212,6 +223,9 @@ if gluon is not None:
             row_begin += PART * BLOCK_M
             count = row_end - row_begin
 
+            m = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=S_ROWS)
+            l = gl.zeros([BLOCK_M], gl.float32, layout=S_ROWS)
+            p = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S_LAYOUT)
             if seg_begin < seg_end:
                 rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, Q_LAYOUT))
                 dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, Q_LAYOUT))
@@ -222,69 +236,82 @@ if gluon is not None:
                 q_tile.store(q)
                 fence_async_shared()
 
-            # Total of a walk from segment 0. Its acc stays in the item's own slot: each element is read by the thread
-            # that wrote it, so no barrier is needed. m and l are held by several threads, and stay in registers.
-            m_total = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=S_ROWS)
-            l_total = gl.zeros([BLOCK_M], gl.float32, layout=S_ROWS)
-            for seg in range(seg_begin, seg_end):
-                begin = seg * segment
-                end = gl.minimum(begin + segment, tokens)
-                tiles = (end - begin + BLOCK_N - 1) // BLOCK_N
-
-                # The first tile: no P V to overlap with.
+                # The item's first tile: no P V to overlap with.
+                left = gl.minimum(segment, tokens - seg_begin * segment)
                 stage = tile % STAGES
                 mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
                 none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S_LAYOUT)
                 s = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_free.index(stage))
-                m = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=S_ROWS)
-                l = gl.zeros([BLOCK_M], gl.float32, layout=S_ROWS)
-                m, l, _, p = softmax(m, l, s, qk_scale, end - begin, True, S_LAYOUT, BLOCK_N)
-                acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-                mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1, pred=tiles > 1)
+                m, l, _, p = softmax(m, l, s, qk_scale, left, True, S_LAYOUT, BLOCK_N)
+                mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1, pred=left > BLOCK_N)
                 tile += 1
+
+            # Total of a walk from segment 0: m and l in registers, acc in shared memory, where each element is read by the
+            # thread that wrote it. In its slot in global memory the fold would wait for the L2 at every segment's end.
+            m_total = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=S_ROWS)
+            l_total = gl.zeros([BLOCK_M], gl.float32, layout=S_ROWS)
+            for seg in range(seg_begin, seg_end):
+                left = gl.minimum(segment, tokens - seg * segment)
+                tiles = (left + BLOCK_N - 1) // BLOCK_N
+                acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, layout=O_LAYOUT)
                 for _ in range(1, tiles - 1):
                     m, l, acc, p = overlapped(
                         q_tile, k_ring, v_ring, k_full, k_free, v_full, v_free, m, l, acc, p,
-                        tile, qk_scale, BLOCK_N, False, S_LAYOUT, O_LAYOUT, BLOCK_M, BLOCK_N, STAGES,
+                        tile, qk_scale, BLOCK_N, False, False, S_LAYOUT, O_LAYOUT, BLOCK_M, BLOCK_N, STAGES,
                     )  # fmt: skip
                     tile += 1
                 # The last tile apart: its pad keys are zeros, and a score of 0 is not "unseen".
                 if tiles > 1:
                     m, l, acc, p = overlapped(
                         q_tile, k_ring, v_ring, k_full, k_free, v_full, v_free, m, l, acc, p,
-                        tile, qk_scale, end - begin - (tiles - 1) * BLOCK_N, True, S_LAYOUT, O_LAYOUT, BLOCK_M, BLOCK_N, STAGES,
+                        tile, qk_scale, left - (tiles - 1) * BLOCK_N, False, True, S_LAYOUT, O_LAYOUT, BLOCK_M, BLOCK_N, STAGES,
                     )  # fmt: skip
                     tile += 1
-                stage = (tile - 1) % STAGES
-                operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-                mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
-                acc = warpgroup_mma(operand, v_ring.index(stage), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(v_free.index(stage))
+                # P V of the last tile: with Q K^T of the next segment's first, or alone.
+                m_done, l_done = m, l
+                if seg + 1 < seg_end:
+                    m = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=S_ROWS)
+                    l = gl.zeros([BLOCK_M], gl.float32, layout=S_ROWS)
+                    m, l, acc, p = overlapped(
+                        q_tile, k_ring, v_ring, k_full, k_free, v_full, v_free, m, l, acc, p,
+                        tile, qk_scale, gl.minimum(segment, tokens - (seg + 1) * segment), True, False, S_LAYOUT, O_LAYOUT,
+                        BLOCK_M, BLOCK_N, STAGES,
+                    )  # fmt: skip
+                    tile += 1
+                else:
+                    stage = (tile - 1) % STAGES
+                    operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+                    mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
+                    acc = warpgroup_mma(operand, v_ring.index(stage), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                    mbarrier.arrive(v_free.index(stage))
 
-                # `state.fold` and `state.store`.
-                slot = gl.where(seg_begin == 0, state, state + seg - seg_begin)
-                place = (slot.to(gl.int64) * num_kv_heads + head) * packed_rows + row_begin
-                acc_rows = gl.arange(0, BLOCK_M, layout=O_ROWS)
-                acc_dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-                acc_ptrs = acc_ptr + place * HEAD_DIM + (acc_rows[:, None] * HEAD_DIM + acc_dims[None, :])
-                inside = (acc_rows < count)[:, None] & (acc_dims < HEAD_DIM)[None, :]
+                # `state.fold`.
                 if (seg_begin == 0) & (seg > 0):
-                    m_new = gl.maximum(m_total, m)
+                    m_new = gl.maximum(m_total, m_done)
                     at = gl.where(m_new == float("-inf"), 0.0, m_new)
-                    a, b = gl.exp2(m_total - at), gl.exp2(m - at)
-                    l = gl.fma(l_total, a, l * b)
-                    acc_total = gl.load(acc_ptrs, mask=inside, other=0.0)
+                    a, b = gl.exp2(m_total - at), gl.exp2(m_done - at)
+                    l_done = gl.fma(l_total, a, l_done * b)
                     acc = acc * gl.convert_layout(b, O_ROWS)[:, None]
-                    acc = gl.fma(acc_total, gl.convert_layout(a, O_ROWS)[:, None], acc)
-                    m = m_new
-                m_total, l_total = m, l
-                gl.store(acc_ptrs, acc, mask=inside)
-                s_rows = gl.arange(0, BLOCK_M, layout=S_ROWS)
-                gl.store(m_ptr + place + s_rows, m, mask=s_rows < count)
-                gl.store(l_ptr + place + s_rows, l, mask=s_rows < count)
+                    acc = gl.fma(total.load(O_LAYOUT), gl.convert_layout(a, O_ROWS)[:, None], acc)
+                    m_done = m_new
+                m_total, l_total = m_done, l_done
+                if (seg_begin == 0) & (seg + 1 < seg_end):
+                    total.store(acc)
+                else:
+                    # `state.store`.
+                    slot = gl.where(seg_begin == 0, state, state + seg - seg_begin)
+                    place = (slot.to(gl.int64) * num_kv_heads + head) * packed_rows + row_begin
+                    acc_rows = gl.arange(0, BLOCK_M, layout=O_ROWS)
+                    acc_dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+                    acc_ptrs = acc_ptr + place * HEAD_DIM + (acc_rows[:, None] * HEAD_DIM + acc_dims[None, :])
+                    inside = (acc_rows < count)[:, None] & (acc_dims < HEAD_DIM)[None, :]
+                    gl.store(acc_ptrs, acc, mask=inside)
+                    s_rows = gl.arange(0, BLOCK_M, layout=S_ROWS)
+                    gl.store(m_ptr + place + s_rows, m_done, mask=s_rows < count)
+                    gl.store(l_ptr + place + s_rows, l_done, mask=s_rows < count)
 
     @gluon.jit(do_not_specialize=["packed_rows", "num_items", "layer"])
     def prefix_hopper_kernel(
@@ -309,6 +336,10 @@ if gluon is not None:
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         q_low = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], LAYOUT)
         q_high = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], LAYOUT)
+        # 8 rows of 8 columns, which a warp stores and loads at once, lie in different banks.
+        WIDE: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
+        total_low = gl.allocate_shared_memory(gl.float32, [BLOCK_M, HEAD_DIM], WIDE)
+        total_high = gl.allocate_shared_memory(gl.float32, [BLOCK_M, HEAD_DIM], WIDE)
         k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], LAYOUT)
         v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], LAYOUT)
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -326,12 +357,12 @@ if gluon is not None:
             [
                 (consume, (
                     q_ptr, node_table_ptr, items_ptr, m_ptr, l_ptr, acc_ptr, packed_rows, num_items, num_kv_heads,
-                    qk_scale, q_low, k_ring, v_ring, k_full, k_free, v_full, v_free,
+                    qk_scale, q_low, total_low, k_ring, v_ring, k_full, k_free, v_full, v_free,
                     0, G, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
                 )),
                 (consume, (
                     q_ptr, node_table_ptr, items_ptr, m_ptr, l_ptr, acc_ptr, packed_rows, num_items, num_kv_heads,
-                    qk_scale, q_high, k_ring, v_ring, k_full, k_free, v_full, v_free,
+                    qk_scale, q_high, total_high, k_ring, v_ring, k_full, k_free, v_full, v_free,
                     1, G, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
                 )),
                 (produce, (

@@ -243,6 +243,8 @@ def suffix_kernel(
     packed_rows = num_rows * G
     q_ptrs = q_ptr + (head.to(tl.int64) * packed_rows + rows)[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptrs, mask=inside, other=0.0)
+    token = (tl.arange(0, BLOCK_N) % PAGE).to(tl.int64)
+    page = page_ids(table_ptr, seg_begin * SEGMENT, longest, PAGE, BLOCK_N)
 
     stride_state = num_kv_heads.to(tl.int64) * packed_rows
     place = head.to(tl.int64) * packed_rows + row_begin * G
@@ -256,7 +258,6 @@ def suffix_kernel(
 
     # A key tile begins with a page, so a key's place in its page is the same in every tile.
     token = (tl.arange(0, BLOCK_N) % PAGE).to(tl.int64)
-    page = page_ids(table_ptr, seg_begin * SEGMENT, longest, PAGE, BLOCK_N)
     for seg in range(seg_begin, seg_end):
         m, l, acc = start(BLOCK_M, BLOCK_D)
         if seg == 0:
