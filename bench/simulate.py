@@ -6,7 +6,8 @@
 Agents arrive as a Poisson process with a daily wave, ask about documents of a Zipf popularity, and are sent to replicas at
 random. A replica is that of replica.py. Policies: prefill (every agent computes its document), copies (every agent loads a
 copy of its KV), shared (one copy a replica), ship (the KV goes to the user, whose own machine answers: egress, no queue).
-For each policy so many replicas are taken that the peak of the wave needs --load of what they can serve.
+For each policy so many replicas are taken, and paid for the whole period, that the wave's peak needs --load of what they can
+serve; a replica's capacity is found by bisection, as the highest rate at which its queue does not grow.
 
 Sampled: a Poisson process that is split at random gives independent Poisson processes, so any replica stands for all of
 them. --groups replicas are drawn, and of each a window of time, at a random place, in every one of --windows equal parts of
@@ -382,9 +383,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=Path, default=None, help="what --measure has written; with it, written to")
     parser.add_argument("--json", type=Path, default=None, help="file for inputs and results")
     for kind in (Workload, Machine, Prices, Sampling):
-        group = parser.add_argument_group(kind.__doc__)
+        group = parser.add_argument_group(kind.__doc__.rstrip("."))
         for one in dataclasses.fields(kind):
-            text = f"{one.metadata['help']} (default: {one.default:,})"
+            text = f"{one.metadata['help']} (default: {one.default:,.12g})"
             to = int if isinstance(one.default, int) else float
             group.add_argument("--" + one.name.replace("_", "-"), type=to, default=one.default, help=text)
     group = parser.add_argument_group("--measure")

@@ -111,7 +111,7 @@ def by_arithmetic(
 
 
 def fit(samples: Sequence[Mapping[str, float]]) -> StepModel:
-    """Least squares of relative errors, with no weight below zero.
+    """Least squares of errors relative to the prediction, with no weight below zero.
 
     samples  each {rows, extend_rows, prefix, suffix_tokens, seconds}; rows: all of the step; prefix: tokens of its distinct
              documents; row_tokens where rows have different documents, else rows * prefix
@@ -128,8 +128,13 @@ def fit(samples: Sequence[Mapping[str, float]]) -> StepModel:
         raise RequestError(
             "samples", found="a negative or infinite number", needed="counts, and seconds above 0", do="measure again"
         )
-    design = np.hstack([np.ones((len(rows), 1)), rows]) / seconds[:, None]
-    weights = nonnegative_least_squares(design, np.ones(len(rows)))
+    design = np.hstack([np.ones((len(rows), 1)), rows])
+    # By errors relative to what is predicted: relative to the measured seconds, slow outliers would count too little, and the
+    # sum of many steps would come out low.
+    scale = seconds
+    for _ in range(10):
+        weights = nonnegative_least_squares(design / scale[:, None], seconds / scale)
+        scale = np.maximum(design @ weights, 1e-9)
     return StepModel(*weights.tolist(), source=f"fitted to {len(samples)} measured steps")
 
 

@@ -384,6 +384,16 @@ def test_a_fit_finds_the_weights_that_made_the_samples(seed):
     assert fit(samples_of(replace(STEPS, suffix_tokens=-1e-7), seed)).suffix_tokens == 0
 
 
+def test_a_fit_to_steps_with_outliers_keeps_their_sum(seed):
+    rng = rng_of(seed)
+    # Mean 1; one in ten is three times as slow as the others.
+    slow = np.where(rng.random(4000) < 0.1, 3.0, 1.0) / 1.2
+    samples = [s | {"seconds": s["seconds"] * f} for s, f in zip(samples_of(STEPS, seed, 4000), slow, strict=True)]
+    model = fit(samples)
+    predicted = sum(model(*step_model._features(i, sample)) for i, sample in enumerate(samples))
+    assert predicted == pytest.approx(sum(sample["seconds"] for sample in samples), rel=0.02)
+
+
 def test_samples_that_cannot_be_fitted_are_refused(seed):
     samples = samples_of(STEPS, seed, 10)
     with pytest.raises(RequestError, match=r"^samples: found 3, needed at least 6"):
