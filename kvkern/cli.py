@@ -1,4 +1,4 @@
-"""The command line: publish, inspect, verify, ask, fit, demo, check, env.
+"""The command line: publish, inspect, verify, ask, fit, cost, demo, check, env.
 
     $ kvkern inspect handbook.kv
     handbook.kv  3,774 tokens  36 layers  8 kv heads of 128  bfloat16  530.7 MiB
@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from kvkern import console, opening
+from kvkern import console, opening, pricing
 from kvkern.answers import AnswerWriter
+from kvkern.cost import Inputs
 from kvkern.errors import CapacityError, IdentityError, KvkernError, RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ DeviceOption = Annotated[
 BackendOption = Annotated[
     str | None, typer.Option("--backend", help="Which arithmetic; by default the device decides.")
 ]
+
+
+def _input(name: str) -> Any:
+    """The option of an input of kvkern.cost, its help with the unit."""
+    text = Inputs.__dataclass_fields__[name].metadata["help"]
+    return typer.Option(help=f"{text[0].upper()}{text[1:]}.")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -364,6 +371,49 @@ def fit(
         ("not counted", "activations: leave room for them in the budget"),
     ]
     console.result(result, lines, as_json=as_json)
+
+
+@app.command("cost")
+@_command
+def cost_(
+    preset: Annotated[
+        str | None, typer.Option(help="paper, paper-255 or list; by default paper, with --measured list.")
+    ] = None,
+    inputs: Annotated[
+        str | None, typer.Option(metavar="FILE.toml", help="Inputs by name; - for standard input.")
+    ] = None,
+    measured: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="Seconds and bytes, of bench_document.py or publish --json.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Take bytes of KV a token from its config.")] = None,
+    tokens: Annotated[int | None, _input("tokens")] = None,
+    token_bytes: Annotated[float | None, _input("token_bytes")] = None,
+    gb_bytes: Annotated[float | None, _input("gb_bytes")] = None,
+    prefill_seconds: Annotated[float | None, _input("prefill_seconds")] = None,
+    reuse_seconds: Annotated[float | None, _input("reuse_seconds")] = None,
+    gpu_hour: Annotated[float | None, _input("gpu_hour")] = None,
+    prefill_price: Annotated[float | None, _input("prefill_price")] = None,
+    cache_read_factor: Annotated[float | None, _input("cache_read_factor")] = None,
+    egress_gb: Annotated[float | None, _input("egress_gb")] = None,
+    gpu_gb_hour: Annotated[float | None, _input("gpu_gb_hour")] = None,
+    cpu_gb_hour: Annotated[float | None, _input("cpu_gb_hour")] = None,
+    disk_gb_month: Annotated[float | None, _input("disk_gb_month")] = None,
+    cpu_bytes_per_s: Annotated[float | None, _input("cpu_bytes_per_s")] = None,
+    disk_bytes_per_s: Annotated[float | None, _input("disk_bytes_per_s")] = None,
+    reads_month: Annotated[float | None, _input("reads_month")] = None,
+    agents: Annotated[float | None, _input("agents")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what reading a document costs: prefill, reuse, egress and hosting, by list prices and by measured seconds.
+
+    Options override --measured, --measured overrides --inputs, and all of them the preset.
+    """
+    given = locals()  # an option has the name of its input
+    options = {name: given[name] for name in pricing.NAMES}
+    read, origin, notes = pricing.gather(options, preset_name=preset, file=inputs, measured=measured, model=model)
+    for beware in notes:
+        console.note(beware)
+    console.result(pricing.fields(read, origin), pricing.lines(read, origin), as_json=as_json)
 
 
 @app.command()

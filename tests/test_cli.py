@@ -248,6 +248,16 @@ def test_fit_shows_its_arithmetic_and_needs_no_weights(kvkern, tmp_path):
     assert kvkern.json("fit", "tiny", *asked, "--dtype", "bfloat16")["agents"] > found["agents"]
 
 
+def test_cost_takes_the_bytes_of_a_token_from_a_model_and_the_rest_from_publish(kvkern, tmp_path):
+    token_bytes = 2 * 2 * 2 * 16 * 4
+    assert kvkern.json("cost", "--model", "tiny")["inputs"]["token_bytes"] == token_bytes
+    made = kvkern.json("publish", "tiny", "doc.txt", "-o", tmp_path / "new.kv")
+    (tmp_path / "made.json").write_text(kvkern.out)
+    found = kvkern.json("cost", "--measured", tmp_path / "made.json", "--reuse-seconds", 1e-9, "--gpu-hour", 3600)
+    assert found["kv_bytes"] == pytest.approx(made["kv_bytes"], rel=1e-12)
+    assert found["by_seconds"]["prefill"] == pytest.approx(made["prefill_seconds"])
+
+
 def test_env_says_backend_and_why_and_measures_a_model(kvkern):
     found = kvkern.json("env", "--model", "tiny", "--device", "cpu")
     assert found["backend"]["name"] == "cpu" and found["backend"]["why"]
@@ -385,6 +395,8 @@ def bad(folder: Path) -> None:
             "cut",
         ),
         (("env", "--backend", "magic"), "BackendError", "backend", "magic"),
+        (("cost", "--egress-gb", "-0.01"), "RequestError", "egress_gb", "-0.01"),
+        (("cost", "--model", "cut"), "RequestError", "model", "cut"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -558,7 +570,7 @@ def test_help_answers_without_torch_and_transformers():
         assert done.returncode == 0 and "Usage: kvkern" in done.stdout
         return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
-    for words in (["--help"], ["ask", "--help"]):
+    for words in (["--help"], ["ask", "--help"], ["cost", "--help"]):
         found = imported(*words)
         assert "kvkern.cli" in found
         assert not {"torch", "transformers", "kvkern.engine"} & found
