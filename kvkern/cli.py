@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -31,9 +30,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from kvkern import console, opening, pricing
+from kvkern import console, cost, describe, opening, pricing
 from kvkern.answers import AnswerWriter
-from kvkern.cost import Inputs
+from kvkern.cost import render_bytes
 from kvkern.errors import CapacityError, IdentityError, KvkernError, RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ BackendOption = Annotated[
 
 def _input(name: str) -> Any:
     """The option of an input of kvkern.cost, its help with the unit."""
-    text = Inputs.__dataclass_fields__[name].metadata["help"]
+    text = cost.Inputs.__dataclass_fields__[name].metadata["help"]
     return typer.Option(help=f"{text[0].upper()}{text[1:]}.")
 
 
@@ -186,10 +185,10 @@ def publish(
     header = store.inspect(output)
     read, hashed, saved = (end - begin for begin, end in pairwise(times))
     seconds = {"prefill_seconds": read, "hash_seconds": hashed, "save_seconds": saved}
-    result = {**_header_fields(header), **{name: round(value, 3) for name, value in seconds.items()}}
+    result = {**describe.header_fields(header), **{name: round(value, 3) for name, value in seconds.items()}}
     speed = f"{read:.1f} s ({header.tokens / read:,.0f} tokens/s)"
     took = ("took", f"prefill {speed}  weights hashed {hashed:.1f} s  saved {saved:.1f} s")
-    console.result(result, [*_header_lines(header), took], as_json=as_json)
+    console.result(result, [*describe.header_lines(header), took], as_json=as_json)
 
 
 @app.command()
@@ -199,7 +198,7 @@ def inspect(file: Annotated[Path, typer.Argument(metavar="FILE", help="A .kv fil
     from kvkern import store
 
     header = store.inspect(file)
-    console.result(_header_fields(header), _header_lines(header), as_json=as_json)
+    console.result(describe.header_fields(header), describe.header_lines(header), as_json=as_json)
 
 
 @app.command()
@@ -215,7 +214,6 @@ def verify(
 ) -> None:
     """Check every digest of a .kv file; with --model, also that this model would have made it."""
     from kvkern import identity, store
-    from kvkern.cost import render_bytes
 
     if model is not None:
         _check_root(store.inspect(file))
@@ -232,10 +230,10 @@ def verify(
         compared = f"the identity is that of {model}"
     blocks = f"{len(header.kv)} blocks, {render_bytes(header.size_bytes)} in {seconds:.1f} s"
     result = {
-        **_header_fields(header),
+        **describe.header_fields(header),
         "verified": {"blocks": len(header.kv), "seconds": round(seconds, 3), "model": model},
     }
-    console.result(result, [*_header_lines(header), ("verified", f"{blocks}  {compared}")], as_json=as_json)
+    console.result(result, [*describe.header_lines(header), ("verified", f"{blocks}  {compared}")], as_json=as_json)
 
 
 @app.command()
@@ -338,9 +336,6 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Say how many agents fit into a memory budget, with the arithmetic."""
-    from kvkern import cost
-    from kvkern.cost import render_bytes
-
     geometry, weights_bytes, weights_from = opening.weigh_model(model, dtype)
     n = cost.fit(
         geometry,
@@ -498,15 +493,17 @@ def env(
     result: dict[str, Any] = {
         "backend": {"name": chosen.name, "why": chosen.why},
         "device": str(place),
-        "devices": _devices(),
+        "devices": describe.devices(),
         "instruction_set": isa,
         "instruction_set_forced": forced,
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "versions": _versions(),
+        "versions": describe.versions(),
     }
-    devices = (" ".join(str(value) for value in known.values()) for known in _devices_for_eyes(result["devices"]))
+    devices = (
+        " ".join(str(value) for value in known.values()) for known in describe.devices_for_eyes(result["devices"])
+    )
     lines = [
         ("backend", f"{chosen.name} on {place}: {chosen.why}"),
         ("devices", "; ".join(devices)),
@@ -525,94 +522,8 @@ def env(
         with console.bar("rounding class"):
             rounding = measure(live).describe()
         result["model"], result["rounding"] = model, rounding
-        lines += [("model", f"{model}  {rounding['dtype']}"), *_rounding_lines(rounding)]
+        lines += [("model", f"{model}  {rounding['dtype']}"), *describe.rounding_lines(rounding)]
     console.result(result, lines, as_json=as_json)
-
-
-# -- what is said ------------------------------------------------------------------------------------------------------
-
-
-def _header_fields(header: Header) -> dict[str, Any]:
-    from kvkern.geometry import pad_tokens
-
-    geometry = header.identity.geometry
-    return {
-        "file": str(header.path),
-        "tokens": header.tokens,
-        "size_bytes": header.size_bytes,
-        "kv_bytes": pad_tokens(header.tokens) * geometry.token_bytes(),
-        "segments": header.segments,
-        "blocks": len(header.kv),
-        "identity": header.identity.to_dict(),
-        "provenance": dict(header.provenance),
-    }
-
-
-def _header_lines(header: Header) -> console.Lines:
-    from kvkern.cost import render_bytes
-    from kvkern.geometry import segment_tokens
-    from kvkern.identity import short
-
-    identity, geometry, by = header.identity, header.identity.geometry, header.provenance
-    kind = str(geometry.dtype).removeprefix("torch.")
-    shape = f"{geometry.layers} layers  {geometry.num_kv_heads} kv heads of {geometry.head_dim}  {kind}"
-    made = [f"{name} {by[name]}" for name in ("torch", "transformers", "backend") if name in by]
-    chunk = f"  {by['prefill_chunk']:,} tokens a chunk" if isinstance(by.get("prefill_chunk"), int) else ""
-    keywords = "".join(f"  {name}={json.dumps(value)}" for name, value in sorted(identity.template_kwargs.items()))
-    wording = f"chat template {short(identity.template)}{keywords}" if identity.template else "no chat template"
-    rope = "  ".join(f"{name} {value}" for name, value in sorted(identity.rope.items()))
-    above = f", below {short(identity.ancestors)}" if identity.ancestors else ""
-    length = f" of {segment_tokens(header.tokens):,} tokens"
-    cut = f"{header.segments} segments{length}" if header.segments > 1 else "1 segment"
-    return [
-        (header.path.name, f"{header.tokens:,} tokens  {shape}  {render_bytes(header.size_bytes)}"),
-        ("model", f"{by.get('model', '?')}  weights {short(identity.weights)}  made by kvkern {by.get('kvkern', '?')}"),
-        ("tokens", f"{short(identity.token_ids)}  from position {identity.position:,}{above}"),
-        ("words", f"tokenizer {short(identity.tokenizer)}  {wording}"),
-        ("rope", rope),
-        ("blocks", f"{len(header.kv)}, each with its digest: {geometry.layers} layers x K and V x {cut}"),
-        ("made", f"{by.get('created', '?')}  {'  '.join(made)}{chunk}"),
-    ]
-
-
-def _devices() -> list[dict[str, Any]]:
-    import torch
-
-    found: list[dict[str, Any]] = [{"name": "cpu", "cores": os.cpu_count()}]
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        arch = f"sm_{card.major}{card.minor}"
-        found.append({"name": f"cuda:{i}", "card": card.name, "arch": arch, "memory_bytes": card.total_memory})
-    return found
-
-
-def _devices_for_eyes(devices: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    from kvkern.cost import render_bytes
-
-    units: dict[str, Callable[[Any], str]] = {"cores": lambda n: f"({n} cores)", "memory_bytes": render_bytes}
-    for device in devices:
-        yield {name: units[name](value) if name in units else value for name, value in device.items()}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("kvkern", "torch", "triton", "transformers"):
-        found[package] = None
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _rounding_lines(rounding: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, buckets, outside in (
-        ("rows", "row_buckets", "outside"),
-        ("rows of lm_head", "head_row_buckets", "head_outside"),
-    ):
-        yield name, f"{', '.join(map(str, rounding[buckets]))}: one rounding class"
-        for rows, why in rounding[outside].items():
-            yield "", f"not {rows}: {why}"
-    where = f"{rounding['device']}, {rounding['dtype']}, {rounding['threads']} threads"
-    yield "measured", f"on {where}, in {rounding['seconds']:.1f} s, of {', '.join(rounding['modules'])}"
 
 
 # -- what is given -----------------------------------------------------------------------------------------------------
@@ -685,10 +596,9 @@ def _open(name: str, dtype: opening.Dtype | None, device: torch.device) -> tuple
 
 def _check_room(geometry: Geometry, memory: str, max_new_tokens: int) -> int:
     """The budget in bytes; an error if no question at all would find room, instead of one for each."""
-    from kvkern.cost import parse_bytes, render_bytes
     from kvkern.geometry import PAGE
 
-    memory_bytes = parse_bytes(memory)
+    memory_bytes = cost.parse_bytes(memory)
     # A question has one token at least, and the last new token is never attended to.
     needed = -(-max(max_new_tokens, 1) // PAGE) * PAGE * geometry.token_bytes()
     if memory_bytes < needed:

@@ -47,7 +47,7 @@ def read_inputs(source: str | Path) -> Values:
         if isinstance(error, RequestError):
             raise
         raise RequestError("inputs", found=f"{source}: {error}", needed="a TOML file", do="correct it") from None
-    return _flat(found, str(source))
+    return _flat(found, _name(source))
 
 
 def _flat(found: Mapping[str, Any], where: str) -> Values:
@@ -83,7 +83,7 @@ def read_measured(source: str | Path, tokens: int | None = None) -> tuple[Values
         raise RequestError("measured", found=f"{source}: {error}", needed="a JSON file", do="measure again") from None
     if not isinstance(found, dict):
         raise RequestError("measured", found=type(found).__name__, needed="a JSON object", do="give another file")
-    name = "standard input" if source == "-" else Path(source).name
+    name = _name(source)
     if "results" in found:
         return _cell(found["results"], name, tokens)
     values = {key: _number(found, key) for key in ("tokens", *MEASURED[1:4], "kv_bytes") if key in found}
@@ -131,6 +131,10 @@ def _number(found: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def _name(source: str | Path) -> str:
+    return "standard input" if str(source) == "-" else Path(source).name
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -149,7 +153,7 @@ def gather(
     own = {key: value for key, value in options.items() if value is not None}
     if file is not None:
         given |= read_inputs(file)
-        origin += f", then {file}"
+        origin += f", then {_name(file)}"
     if measured is not None:
         read, what = read_measured(measured, own.get("tokens", given.get("tokens")))
         given |= read
@@ -166,7 +170,7 @@ def gather(
         for key in MEASURED:
             if given.get(key) is None:
                 flag = f"--{key.replace('_', '-')}"
-                found = f"none in {measured}" if key != "gpu_hour" else "none"
+                found = f"none in {_name(measured)}" if key != "gpu_hour" else "none"
                 raise RequestError(key, found=found, needed="a value beside what is measured", do=f"give {flag}")
     for key in ("prefill_seconds", "reuse_seconds"):
         if "tokens" in given and key not in given and given["tokens"] != base["tokens"]:
@@ -217,6 +221,11 @@ def _digits(size: float) -> str:
     return f"{size:,.2f}" if size < 1000 else f"{size:,.0f}"
 
 
+def _plain(size: float) -> str:
+    """An input as it was given: 0.1, 1,000, 80,000,000."""
+    return f"{size:,.12f}".rstrip("0").rstrip(".")
+
+
 def lines(inputs: Inputs, origin: str) -> console.Lines:
     """The same for eyes: a block of aligned columns for each thing that is paid for, a column for each price of a second."""
     ways = [("by list price", price(inputs, inputs.list_prefill))]
@@ -262,7 +271,7 @@ def _block(name: str, heads: list[str], rows: Rows) -> console.Lines:
 
 def _read_rows(inputs: Inputs, ways: list[Costs]) -> Rows:
     def row(label: str, of: Callable[[Costs], float]) -> tuple[str, list[str]]:
-        return label, [f"{dollars(of(costs))} {_digits(of(costs) / costs.prefill):>7}x" for costs in ways]
+        return label, [f"{dollars(of(costs))} {_digits(of(costs) / costs.prefill):>8}x" for costs in ways]
 
     return [
         row("prefill", lambda costs: costs.prefill),
@@ -277,7 +286,7 @@ def _read_rows(inputs: Inputs, ways: list[Costs]) -> Rows:
 def _month_rows(inputs: Inputs, ways: list[Costs]) -> Rows:
     tiers = ways[0].hosting
     return [
-        (f"{inputs.reads_month:,.0f} reads, prefill each", [dollars(costs.month_prefill) for costs in ways]),
+        (f"{_plain(inputs.reads_month)} reads, prefill each", [dollars(costs.month_prefill) for costs in ways]),
         *(
             (
                 f"{_kept(tier)}, rent {dollars(tier.rent_month)}",
@@ -295,7 +304,7 @@ def _agent_rows(inputs: Inputs, ways: list[Costs]) -> Rows:
         return label, [dollars(of(costs), unit=costs.agents_prefill) for costs in ways]
 
     return [
-        row(f"{inputs.agents:,.0f}, prefill each", lambda costs: costs.agents_prefill),
+        row(f"{_plain(inputs.agents)}, prefill each", lambda costs: costs.agents_prefill),
         row("one prefill, reuse each", lambda costs: costs.agents_reuse),
         row("saved", lambda costs: costs.agents_prefill - costs.agents_reuse),
     ]
@@ -319,8 +328,7 @@ def _pays_rows(inputs: Inputs, ways: list[Costs]) -> Rows:
 
 
 def _bought(inputs: Inputs) -> str:
-    factor = f"{inputs.cache_read_factor:.12f}".rstrip("0").rstrip(".")
-    return f"bought at {factor}x of the list"
+    return f"bought at {_plain(inputs.cache_read_factor)}x of the list"
 
 
 def _kept(tier: Hosting) -> str:

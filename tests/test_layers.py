@@ -37,7 +37,7 @@ LAYERS = (
     ("publish", "sampling", "scheduler", "cost"),
     ("generate", "engine"),
     (
-        *("scratch", "opening", "console", "pricing", "answers", "demo_model", "ledger", "attach", "demo"),
+        *("scratch", "opening", "console", "describe", "pricing", "answers", "demo_model", "ledger", "attach", "demo"),
         *("checks.__init__", "checks.assertions", "checks.tiny", "checks.subject", "checks.cases", "checks.serving"),
         *("checks.options", "checks.conftest", "checks.test_contract", "checks.test_bits", "checks.test_rounding"),
         *("checks.test_documents", "checks.events", "checks.run", "cli", "__init__"),
