@@ -100,7 +100,12 @@ def size(source: Source, replica: Replica, *, load: float, seed: int) -> Sized:
 
 @dataclass
 class Window:
-    """What one window of one replica gave, of agents that came within it; seconds."""
+    """What one window of one replica gave.
+
+    first, answer, queued, loads  of the agents that came within it, in seconds and numbers
+    busy                          share of its time in steps
+    disk_share, rows              of all loads and steps of its replica, those that settle it included
+    """
 
     group: int
     first: np.ndarray
@@ -224,6 +229,15 @@ def estimate(windows: Sequence[Window], *, pools: int | None) -> dict[str, Estim
 # -- policies ----------------------------------------------------------------------------------------------------------
 
 
+NOTHING = {
+    "prefill": ("hit_rate", "disk_share"),
+    "copies": ("hit_rate",),
+    "shared": (),
+    "ship": ("queue_mean", "queue_p99", "hit_rate", "disk_share", "utilisation", "decode_rows_per_step"),
+}
+"""What a policy does not have."""
+
+
 def distinct(workload: Workload) -> np.ndarray:
     """Chance of each document to be asked about in the period."""
     return -np.expm1(-workload.agents * workload.popularity())
@@ -271,6 +285,8 @@ def simulate(
         }
         busy["value"] += published
         gpu += published
+    for name in NOTHING[policy]:
+        del found["estimates"][name]
     dollars = {
         "gpu": gpu * prices.gpu_hour,
         "egress": egress / 1e9 * prices.egress_gb,
@@ -368,18 +384,10 @@ def table(results: Sequence[dict[str, Any]]) -> Any:
         grid.add_row(f"$ {name.replace('_', ' ')}", *(f"{r['dollars'][name]:,.2f}" for r in results))
     grid.add_row("egress, bytes", *(f"{r['egress_bytes']:.4g}" for r in results))
     for name, key, unit in LINES:
-        row = [r["estimates"][key] if (r["policy"], key) not in NOTHING else None for r in results]
-        grid.add_row(name + (f", {unit}" if unit else ""), *("-" if one is None else shown(one) for one in row))
+        row = (r["estimates"].get(key, {"value": None, "error": None}) for r in results)
+        grid.add_row(name + (f", {unit}" if unit else ""), *map(shown, row))
     grid.add_row("agents simulated", *(f"{r['agents_simulated']:,}" for r in results))
     return grid
-
-
-NOTHING = {
-    ("ship", key)
-    for key in ("queue_mean", "queue_p99", "hit_rate", "utilisation", "decode_rows_per_step", "disk_share")
-}
-NOTHING |= {("prefill", "hit_rate"), ("copies", "hit_rate"), ("prefill", "disk_share")}
-"""What a policy does not have."""
 
 
 def options() -> argparse.ArgumentParser:

@@ -473,6 +473,7 @@ def test_the_command_writes_inputs_versions_and_results(tmp_path, capsys):
         content["measured_on"] == {"machine": {}, "model": "tiny"} and {"kvkern", "numpy"} <= content["versions"].keys()
     )
     assert "time to first token, p99, s" in out and "3,000 agents; a step: a test" in out
+    assert "queue_mean" not in content["results"][3]["estimates"] and "hit_rate" in content["results"][2]["estimates"]
     for result in content["results"]:
         assert result["estimates"]["answer_p99_s"]["value"] >= result["estimates"]["answer_p50_s"]["value"] > 0
 
