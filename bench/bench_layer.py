@@ -9,10 +9,12 @@ the script, a wrong peer has a reason. Before each timed run a buffer displaces 
 
 Entries of a cell, timed in turns:
   kvkern        append, prefix and suffix through `shared_prefix_attention`; of suffixes of 0 tokens, the prefix alone
-  kvkern_graph  the same, replayed from a CUDA graph (CUDA)
+  kvkern_eager  the same, launched from Python each time (CUDA)
   K0, K1, K2    append, prefix and suffix, each alone: out of cold caches, so their sum is not kvkern (CUDA, or --kernels)
   gemm          the prefix's two matrix products, scores kept in memory: a roof, not attention
   and the peers of peers.py
+On CUDA every entry but kvkern_eager is replayed from a CUDA graph, so that nobody's launches from Python are timed; the field
+eager names those that cannot be captured.
 The rates of one square matrix product (gemm_share) and of a copy (copy_share), in the cell's dtype: once a run, and on the CPU,
 whose neighbours come and go, in turns with the entries, beside multiply-adds on registers alone (k1_fma_share, by the best; not of products
 of bf16 pairs). A copy's bytes are those read and those written; the bytes of kvkern,
@@ -267,17 +269,19 @@ def check(case: Case, o: Tensor) -> None:
         gate(o[sample.agent, None, sample.heads], sample.reference, sample.plain)
 
 
-def graph(case: Case) -> Callable[[], Tensor]:
-    """kvkern in a CUDA graph; the output is that of the capture, filled by each replay."""
+def graph(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` in a CUDA graph; the output is that of the capture, filled by each replay."""
+    run()
+    torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        o = case.kvkern()
+        o = run()
 
-    def run() -> Tensor:
+    def replay() -> Any:
         captured.replay()
         return o
 
-    return run
+    return replay
 
 
 def kernels(case: Case) -> dict[str, Callable[[], Any]]:
@@ -319,11 +323,22 @@ class Entries:
     runs     by name
     reasons  of what has no time
     first    seconds of the first run of each, which was checked
+    eager    why an entry on CUDA is not replayed from a graph
     """
 
     runs: dict[str, Callable[[], Any]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
+    eager: dict[str, str] = field(default_factory=dict)
+
+    def graphed(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+        """The entry replayed from a graph, or as it is where it cannot be captured."""
+        try:
+            return graph(run)
+        except FAILURES as error:
+            torch.cuda.synchronize()
+            self.eager[name] = reason(error)
+            return run
 
 
 class Pace:
@@ -361,6 +376,8 @@ def entries(bench: Bench, case: Case, admit: Callable[[str], None]) -> Entries:
         try:
             admit(name)
             run, outputs = prepare(), []
+            if cuda and name != "kvkern_eager":
+                run = found.graphed(name, run)
             found.first[name] = bench.once(lambda: outputs.append(run()))
             if checked:
                 check(case, outputs[0])
@@ -372,13 +389,14 @@ def entries(bench: Bench, case: Case, admit: Callable[[str], None]) -> Entries:
                 torch.cuda.empty_cache()
 
     outputs: list[Tensor] = []
-    found.first["kvkern"] = bench.once(lambda: outputs.append(case.kvkern()))
+    ours = found.graphed("kvkern", case.kvkern) if cuda else case.kvkern
+    found.first["kvkern"] = bench.once(lambda: outputs.append(ours()))
     check(case, outputs.pop())
-    found.runs["kvkern"] = case.kvkern
+    found.runs["kvkern"] = ours
     if cuda:
-        add("kvkern_graph", lambda: graph(case))
+        add("kvkern_eager", lambda: case.kvkern)
     if cuda or chosen.kernels or chosen.all or chosen.aims:
-        found.runs |= kernels(case)
+        found.runs |= {name: found.graphed(name, run) if cuda else run for name, run in kernels(case).items()}
     add("gemm", lambda: gemm(case), checked=False)
     for peer in peers.PEERS:
         if chosen.peers is not None and peer.name not in chosen.peers:
@@ -489,6 +507,7 @@ def measure(
         "flop": cell.flop,
         "bytes": moved,
         "reasons": found.reasons,
+        **({"eager": found.eager} if found.eager else {}),
         "roofs": rates,
     }
 

@@ -389,9 +389,16 @@ class FlashInfer(Cuda):
 
 
 class FlashInferCascade(FlashInfer):
-    """MultiLevelCascadeAttentionWrapper: the prefix for all agents at once, then the suffixes."""
+    """MultiLevelCascadeAttentionWrapper: the prefix for all agents at once, then the suffixes; kernels of its own choice."""
 
     name = "flashinfer_cascade"
+
+    def available(self, case: Case) -> str | None:
+        reason = super().available(case)
+        return "it takes a suffix of 0 tokens for a page" if reason is None and not case.suffix_tokens else reason
+
+    def choose(self, wrapper: Any) -> None:
+        """Leave it the choice."""
 
     def prepare(self, case: Case) -> Run:
         import flashinfer
@@ -399,6 +406,7 @@ class FlashInferCascade(FlashInfer):
         g, agents = case.geometry, case.agents
         pool, (shared, own) = case.one_pool, self.pages(case)
         wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, self.workspace(case), "HND")
+        self.choose(wrapper)
         wrapper.plan(
             [self.offsets(case, 1, agents), self.offsets(case, agents, 1)],
             [self.offsets(case, 1, len(shared)), self.offsets(case, agents, own.shape[1])],
@@ -413,6 +421,19 @@ class FlashInferCascade(FlashInfer):
             kv_data_type=g.dtype,
         )
         return lambda: wrapper.run(case.q, pool)
+
+
+class FlashInferCascadeFa2(FlashInferCascade):
+    """The same by its kernels named fa2, which pack the query heads of a kv head into one tile."""
+
+    name = "flashinfer_cascade_fa2"
+
+    def choose(self, wrapper: Any) -> None:
+        levels = getattr(wrapper, "_batch_prefill_wrappers", None)  # private, hence may go
+        if levels is None:
+            raise NotImplementedError("this flashinfer's wrapper has no place to name kernels in")
+        for level in levels:
+            level._backend = "fa2"
 
 
 class FlashInferDecode(FlashInfer):
@@ -465,6 +486,7 @@ PEERS: list[Peer] = [
     CudnnRows(),
     FlexRows(),
     FlashInferCascade(),
+    FlashInferCascadeFa2(),
     FlashInferDecode(),
     ExpandedSdpa(),  # it takes the memory that the others leave
     TorchBackend(),

@@ -25,6 +25,7 @@ PEERS = {
         "cudnn_rows": "cuDNN over packed rows",
         "flex_rows": "FlexAttention over packed rows",
         "flashinfer_cascade": "FlashInfer cascade",
+        "flashinfer_cascade_fa2": "the same by fa2",
         "flashinfer_decode": "FlashInfer decode",
         "gemm": "the two GEMMs alone",
     },
