@@ -145,6 +145,7 @@ if gluon is not None:
         tile,
         qk_scale,
         left,
+        more,
         FIRST: gl.constexpr,
         LAST: gl.constexpr,
         S_LAYOUT: gl.constexpr,
@@ -156,11 +157,9 @@ if gluon is not None:
         """Q K^T of `tile` and P V of the tile before it, whose P is `p`; the softmax runs under P V.
 
         FIRST: `tile` begins a segment, whose m and l are given; acc is then that of the segment before, complete. LAST: it ends
-        one; else the wait for the next K is in here, and `tile` finds its own waited for.
+        one. K of `tile` has been waited for, and that of the next is waited for in here, if there are `more` of the item.
         """
         stage, before = tile % STAGES, (tile - 1) % STAGES
-        if FIRST:
-            mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S_LAYOUT)
         s = warpgroup_mma(q_tile, k_ring.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
         # Converted only now: the fp32 values cost nothing to carry, and this runs while Q K^T does.
@@ -171,10 +170,7 @@ if gluon is not None:
         mbarrier.arrive(k_free.index(stage))
         m, l, alpha, p = softmax(m, l, s, qk_scale, left, FIRST or LAST, S_LAYOUT, BLOCK_N)
         # A wait loop between the softmax and the wait for P V: without it ptxas moves the latter above the exponentials.
-        if FIRST:
-            mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1, pred=left > BLOCK_N)
-        elif not LAST:
-            mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1)
+        mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1, pred=more)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(before))
         if not FIRST:
@@ -245,7 +241,8 @@ if gluon is not None:
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_free.index(stage))
                 m, l, _, p = softmax(m, l, s, qk_scale, left, True, S_LAYOUT, BLOCK_N)
-                mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1, pred=left > BLOCK_N)
+                more = (left > BLOCK_N) | (seg_begin + 1 < seg_end)
+                mbarrier.wait(k_full.index((tile + 1) % STAGES), ((tile + 1) // STAGES) & 1, pred=more)
                 tile += 1
 
             # Total of a walk from segment 0: m and l in registers, acc in shared memory, where each element is read by the
@@ -259,14 +256,15 @@ if gluon is not None:
                 for _ in range(1, tiles - 1):
                     m, l, acc, p = overlapped(
                         q_tile, k_ring, v_ring, k_full, k_free, v_full, v_free, m, l, acc, p,
-                        tile, qk_scale, BLOCK_N, False, False, S_LAYOUT, O_LAYOUT, BLOCK_M, BLOCK_N, STAGES,
+                        tile, qk_scale, BLOCK_N, True, False, False, S_LAYOUT, O_LAYOUT, BLOCK_M, BLOCK_N, STAGES,
                     )  # fmt: skip
                     tile += 1
                 # The last tile apart: its pad keys are zeros, and a score of 0 is not "unseen".
                 if tiles > 1:
                     m, l, acc, p = overlapped(
                         q_tile, k_ring, v_ring, k_full, k_free, v_full, v_free, m, l, acc, p,
-                        tile, qk_scale, left - (tiles - 1) * BLOCK_N, False, True, S_LAYOUT, O_LAYOUT, BLOCK_M, BLOCK_N, STAGES,
+                        tile, qk_scale, left - (tiles - 1) * BLOCK_N, seg + 1 < seg_end, False, True, S_LAYOUT, O_LAYOUT,
+                        BLOCK_M, BLOCK_N, STAGES,
                     )  # fmt: skip
                     tile += 1
                 # P V of the last tile: with Q K^T of the next segment's first, or alone.
@@ -274,9 +272,10 @@ if gluon is not None:
                 if seg + 1 < seg_end:
                     m = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=S_ROWS)
                     l = gl.zeros([BLOCK_M], gl.float32, layout=S_ROWS)
+                    coming = gl.minimum(segment, tokens - (seg + 1) * segment)
                     m, l, acc, p = overlapped(
                         q_tile, k_ring, v_ring, k_full, k_free, v_full, v_free, m, l, acc, p,
-                        tile, qk_scale, gl.minimum(segment, tokens - (seg + 1) * segment), True, False, S_LAYOUT, O_LAYOUT,
+                        tile, qk_scale, coming, (coming > BLOCK_N) | (seg + 2 < seg_end), True, False, S_LAYOUT, O_LAYOUT,
                         BLOCK_M, BLOCK_N, STAGES,
                     )  # fmt: skip
                     tile += 1
