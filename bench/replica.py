@@ -159,8 +159,7 @@ class Served:
     first, end      when an agent's first token came, and its last
     queued          agents in the system without a step, as each agent found them when it came
     steps, busy_s   engine steps, and seconds in them
-    step_ends, step_busy  end of each step and busy seconds up to it
-    row_steps       decode rows of all steps
+    step_ends, step_busy, step_rows  end of each step, busy seconds up to it, and its decode rows
     agent_seconds, queue_seconds  integrals over time of agents in the system, and of those queued
     loaded_for      whether a load was begun for an agent
     loads, disk_loads  loads in all, and how many of them from the disk
@@ -174,7 +173,7 @@ class Served:
     busy_s: float
     step_ends: np.ndarray
     step_busy: np.ndarray
-    row_steps: int
+    step_rows: np.ndarray
     agent_seconds: float
     queue_seconds: float
     loaded_for: np.ndarray
@@ -364,9 +363,9 @@ class _Loop:
     def run(self, until: float) -> Served:
         seconds = self.replica.seconds
         busy = now = 0.0
-        row_steps = 0
         step_ends: list[float] = []
         step_busy: list[float] = []
+        step_rows: list[int] = []
         while True:
             self._advance(now)
             if not (self.decode or self.extending or self.waiting):
@@ -382,7 +381,7 @@ class _Loop:
             extend, row_tokens, own_tokens = self._extend(now)
             row_tokens, own_tokens = row_tokens + self.decode_shared, own_tokens + self.decode_own
             took = seconds(self.decode, extend, row_tokens, self.active_tokens, own_tokens)
-            row_steps += self.decode
+            step_rows.append(self.decode)
             busy += took
             now += took
             step_ends.append(now)
@@ -401,7 +400,7 @@ class _Loop:
             busy_s=busy,
             step_ends=np.array(step_ends),
             step_busy=np.array(step_busy),
-            row_steps=row_steps,
+            step_rows=np.array(step_rows),
             agent_seconds=self.agent_seconds,
             queue_seconds=self.queue_seconds,
             loaded_for=np.array(self.loaded_for, dtype=bool),

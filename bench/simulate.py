@@ -64,7 +64,7 @@ Progress = Callable[[int, int], Any]
 
 @dataclass(frozen=True)
 class Sized:
-    """capacity: agents a second that one replica can serve; settle_s: longest answer at the chosen load, in seconds."""
+    """capacity: agents a second that one replica can serve; settle_s: three times the longest answer at the chosen load."""
 
     capacity: float
     settle_s: float
@@ -92,7 +92,7 @@ def size(source: Source, replica: Replica, *, load: float, seed: int) -> Sized:
     for _ in range(6):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if run(middle)[0] else (low, middle)
-    return Sized(low, run(low * load)[1])
+    return Sized(low, 3 * run(low * load)[1])
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ class Window:
     """What one window of one replica gave.
 
     first, answer, queued, loads  of the agents that came within it, in seconds and numbers
-    busy                          share of its time in steps
-    disk_share, rows              of all loads and steps of its replica, those that settle it included
+    busy, rows                    share of its time in steps, and decode rows of a step
+    disk_share                    of all loads of its replica, those that settle it included
     """
 
     group: int
@@ -118,14 +118,11 @@ class Window:
 
 
 def observe(group: int, trace: Trace, served: Served, begin: float, end: float) -> Window:
-    """Counts of [begin, end). Busy seconds are those of steps within it, by interpolation in the steps that it cuts."""
+    """Counts of [begin, end). Busy seconds are those of steps within it, and what it cuts of others."""
     counted = (trace.arrival >= begin) & (trace.arrival < end)
-    busy = 0.0
-    if served.steps:
-        begins = np.concatenate([[0.0], served.step_busy[:-1]])
-        starts = served.step_ends - (served.step_busy - begins)
-        cut = np.minimum(served.step_ends, end) - np.maximum(starts, begin)
-        busy = float(np.maximum(cut, 0).sum()) / (end - begin)
+    starts = served.step_ends - np.diff(served.step_busy, prepend=0.0)
+    within = np.maximum(np.minimum(served.step_ends, end) - np.maximum(starts, begin), 0)
+    steps = within > 0
     return Window(
         group=group,
         first=(served.first - trace.arrival)[counted],
@@ -133,8 +130,8 @@ def observe(group: int, trace: Trace, served: Served, begin: float, end: float) 
         queued=served.queued[counted],
         loads=int(served.loaded_for[counted].sum()),
         disk_share=served.disk_loads / max(1, served.loads),
-        busy=busy,
-        rows=served.row_steps / max(1, served.steps),
+        busy=float(within.sum()) / (end - begin),
+        rows=float(served.step_rows[steps].mean()) if steps.any() else 0.0,
     )
 
 

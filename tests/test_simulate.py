@@ -171,7 +171,7 @@ def test_every_agent_is_served_once_or_still_there(case, share):
     count, whole = len(trace.arrival), serve(replica, trace)
     assert (trace.arrival < whole.first).all() and (whole.first <= whole.end).all()
     # A decode row for every token but the first, and the seconds that agents were there are those until their answers.
-    assert whole.row_steps == (trace.answer - 1).sum()
+    assert whole.step_rows.sum() == (trace.answer - 1).sum()
     assert whole.agent_seconds == pytest.approx((whole.end - trace.arrival).sum())
     # The queue holds an agent until its first step, which ends no later than its first token.
     assert whole.queue_seconds <= (whole.first - trace.arrival).sum() * (1 + 1e-9)
