@@ -78,7 +78,10 @@ def _first_line(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """Of the checkout; where the files are not one, as $KVKERN_COMMIT says."""
     commit = _first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if commit is None:
+        return os.environ.get("KVKERN_COMMIT")
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+changes" if commit and changed else commit
 
