@@ -528,20 +528,106 @@ def document_table(path: Path) -> list[str]:
     return lines
 
 
+# -- forms of the kernels, and the engine on a GPU ---------------------------------------------------------------------
+
+
+FORMS = {"plain": "plain", "hopper": "Gluon", "cudnn": "cuDNN"}
+
+
+def forms_table(path: Path) -> list[str]:
+    """K1's forms beside cuDNN, and K2 beside a copy, of one run of bench/forms.py."""
+    file = json.loads(path.read_text())
+    rates: dict[tuple[Any, ...], dict[str, Any]] = {}
+    roof = {}
+    for result in file["results"]:
+        shape = result["shape"]
+        if shape["kernel"] == "roof":
+            roof[shape["form"]] = result
+        else:
+            rates.setdefault((shape["kernel"], shape["B"], shape["P"], shape["S"], tuple(shape["heads"])), {})[
+                shape["form"]
+            ] = result
+    facts = file["machine"]
+    lines = [
+        f"Kernels alone, {facts['gpu']}, torch {facts['versions']['torch']}, triton {facts['versions']['triton']}, bfloat16; medians of "
+        f"CUDA graphs. In the same run a matrix product of 8,192 cubed ran at {roof['gemm']['tflops']:.0f} TFLOP/s, a copy of 1 GiB at "
+        f"{roof['copy']['gbs'] / 1e3:.2f} TB/s, read and written. cuDNN takes all rows of a kv head as one block of "
+        f"queries, over the prefix alone. File: `{path.relative_to(ROOT)}`.",
+        "",
+        "| kernel | agents | prefix | heads | " + " | ".join(FORMS.values()) + " | best of ours against cuDNN |",
+        "|---" * (5 + len(FORMS)) + "|",
+    ]
+    for (kernel, B, P, _, heads), forms in rates.items():
+        if kernel != "K1" or "cudnn" not in forms:
+            continue
+        unit, digits = ("TFLOP/s", 0) if "tflops" in forms["cudnn"] else ("GB/s", 0)
+        field = "tflops" if unit == "TFLOP/s" else "gbs"
+        shown = [f"{forms[f][field]:,.{digits}f} {unit}" if f in forms else MISSING for f in FORMS]
+        ours = min(forms[f]["ms"] for f in ("plain", "hopper", "default") if f in forms)
+        if "plain" not in forms and "default" in forms:  # as it was called while it was the only one
+            shown[0] = f"{forms['default'][field]:,.{digits}f} {unit}"
+        heads_text = f"{heads[0]}/{heads[1]}x{heads[2]}"
+        lines.append(
+            f"| K1 | {B:,} | {P:,} | {heads_text} | {' | '.join(shown)} | {forms['cudnn']['ms'] / ours:.2f}x |"
+        )
+    suffixes = {key: forms for key, forms in rates.items() if key[0] == "K2" and "default" in forms and key[3] >= 64}
+    if suffixes:
+        lines += [
+            "",
+            "| kernel | agents | prefix | suffix | heads | time | GB/s of K and V | of the copy |",
+            "|---" * 8 + "|",
+        ]
+    for (kernel, B, P, S, heads), forms in suffixes.items():
+        one = forms["default"]
+        lines.append(
+            f"| {kernel} | {B:,} | {P:,} | {S} | {heads[0]}/{heads[1]}x{heads[2]} | {one['ms'] * 1e3:.1f} us | {one['gbs']:,.0f} | "
+            f"{100 * one['gbs'] / roof['copy']['gbs']:.0f} % |"
+        )
+    return lines
+
+
+def engine_table(path: Path) -> list[str]:
+    """An engine's decode steps by agents and document."""
+    file = json.loads(path.read_text())
+    facts = file["machine"]
+    lines = [
+        f"An engine on a random model, {facts.get('gpu') or facts['cpu']}, torch {facts['versions']['torch']}; a step makes one token for "
+        "each agent, medians, in brackets the spread. Rows of a forward: the largest bucket of the measured rounding class. File: "
+        f"`{path.relative_to(ROOT)}`.",
+        "",
+        "| model | fused | agents | document | step | tokens/s | prefill | rows of a forward | peak | forecast |",
+        "|---" * 10 + "|",
+    ]
+    for result in sorted(file["results"], key=lambda r: (r["document"], r["agents"])):
+        steps, rounding = result["seconds"]["decode"], result["rounding"]
+        step = statistics.median(steps)
+        rows = rounding["row_buckets"][-1] if isinstance(rounding, dict) else "any"
+        peak = MISSING if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.1f} GiB"
+        cells = [
+            result["shape"]["model"],
+            "yes" if result["shape"]["fuse"] else "no",
+            f"{result['agents']:,}",
+            f"{result['document']:,}",
+            f"{step * 1e3:.1f} ms ({100 * (max(steps) - min(steps)) / step:.0f} %)",
+            f"{result['decode_tokens_per_s']:,.1f}",
+            f"{result['prefill_s']:.2f} s",
+            f"{rows}",
+            peak,
+            f"{result['forecast_bytes'] / 2**30:.1f} GiB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for cell in file.get("failed", ()):
+        lines += ["", f"No time for {shape_text(cell['shape'])}: {' '.join(cell['reason'].split())}."]
+    return lines
+
+
 # -- all files ---------------------------------------------------------------------------------------------------------
 
 
 def gpu_table() -> list[str]:
-    """What stands in place of a GPU's file."""
-    return [
-        "On a GPU, by `bench/gpu_run.sh`:",
-        "",
-        "| | against | |",
-        "|---|---|---|",
-        f"| K1, prefix attention | the two GEMMs alone | {MISSING} |",
-        f"| K2, suffix attention | a copy of as many bytes | {MISSING} |",
-        f"| one layer's decode step | {', '.join(PEERS['cuda'].values())} | {MISSING} |",
-    ]
+    """What stands in place of a GPU's layer.json."""
+    peers = ", ".join(PEERS["cuda"].values())
+    return [f"One layer's decode step on a GPU beside {peers}, by `bench/gpu_run.sh`: {MISSING}."]
 
 
 def tables() -> str:
@@ -549,12 +635,14 @@ def tables() -> str:
     on_gpu = False
     for path in result_files():
         make = {
+            "forms": forms_table,
+            "engine": engine_table,
             "demo": demo_table,
             "prefix": prefix_table,
             "layer": layer_table,
             "linear": linear_table,
             "document": document_table,
-        }.get(path.stem)
+        }.get(path.stem.split("-")[0])
         if make is not None:
             lines += [*make(path), ""]
             on_gpu |= make is layer_table and "gpu" in json.loads(path.read_text())["machine"]
