@@ -28,6 +28,8 @@ BUCKETS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """At most half as many rows again as are wanted, from 8 on: a linear layer's time follows its rows from some 16 on."""
 HEAD_BUCKETS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Fewer for the output projection: it alone is most of the work, and with 128 rows a GEMM is as fast per row as with 512."""
+GPU_BUCKETS = (*BUCKETS, 768, 1024)
+"""On a GPU, for both: a forward of few rows takes the time to read the weights, so each one more costs as much again."""
 
 
 @dataclass(frozen=True)
@@ -90,27 +92,34 @@ class Rounding:
 
 
 def measure(
-    model: nn.Module, *, buckets: Sequence[int] = BUCKETS, head_buckets: Sequence[int] = HEAD_BUCKETS
+    model: nn.Module, *, buckets: Sequence[int] | None = None, head_buckets: Sequence[int] | None = None
 ) -> Rounding:
     """The largest classes of buckets of a transformers model, as it is: its weights, device, dtype and this thread count.
+
+    The class of most buckets, so that few rows are padded little; on a GPU the one that goes up to most rows, so that a step
+    of many agents takes few forwards.
 
     Measured once for each set of distinct modules, then remembered: a second engine over such a model is quick.
     Raises UnsupportedError for a mixture of experts, whose rows meet in GEMMs of a size that follows the batch, and for a
     model in which a row's bits depend on its position under every bucket.
     """
     _refuse_experts(model)
+    parameter = next(model.parameters())
+    on_gpu = parameter.device.type == "cuda"
+    buckets = (GPU_BUCKETS if on_gpu else BUCKETS) if buckets is None else buckets
+    head_buckets = (GPU_BUCKETS if on_gpu else HEAD_BUCKETS) if head_buckets is None else head_buckets
     for name, values in (("buckets", buckets), ("head_buckets", head_buckets)):
         if not values or min(values) < 1:
             raise RequestError(
                 name, found=list(values), needed="at least one number of rows, each 1 or more", do=f"leave {name} out"
             )
-    parameter = next(model.parameters())
     return _measure(
         _Case(
             keys=tuple(probe.key for probe in _probes(model)),
             buckets=tuple(sorted(set(buckets))),
             head_buckets=tuple(sorted(set(head_buckets))),
             device=_device_name(parameter.device),
+            most_rows=on_gpu,
             dtype=str(parameter.dtype).removeprefix("torch."),
             settings=(torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled),
             model=weakref.ref(model),
@@ -126,6 +135,7 @@ class _Case:
     buckets: tuple[int, ...]
     head_buckets: tuple[int, ...]
     device: str
+    most_rows: bool
     dtype: str
     settings: tuple[Hashable, ...]
     model: Callable[[], nn.Module | None] = field(compare=False)
@@ -137,11 +147,11 @@ def _measure(case: _Case) -> Rounding:
     model = case.model()
     assert model is not None
     probes = list(_probes(model))
-    layers = _largest([p for p in probes if not p.is_head], case.buckets)
+    layers = _largest([p for p in probes if not p.is_head], case.buckets, most_rows=case.most_rows)
     heads = [p for p in probes if p.is_head]
     return Rounding(
         layers=layers,
-        head=_largest(heads, case.head_buckets) if heads else layers,
+        head=_largest(heads, case.head_buckets, most_rows=case.most_rows) if heads else layers,
         device=case.device,
         dtype=case.dtype,
         threads=torch.get_num_threads(),
@@ -228,8 +238,11 @@ def _device_name(device: torch.device) -> str:
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def _largest(probes: Sequence[_Probe], buckets: Sequence[int]) -> RoundingClass:
-    """The largest set of buckets that agree on every probe; of two, the one that goes up to more rows."""
+def _largest(probes: Sequence[_Probe], buckets: Sequence[int], *, most_rows: bool) -> RoundingClass:
+    """The largest set of buckets that agree on every probe; of two, the one that goes up to more rows.
+
+    most_rows  the set that goes up to most rows, however many buckets it has
+    """
     outside: dict[int, str] = {}
     classes: dict[tuple[str, ...], list[int]] = {}
     signatures: dict[int, tuple[str, ...]] = {}
@@ -251,7 +264,7 @@ def _largest(probes: Sequence[_Probe], buckets: Sequence[int]) -> RoundingClass:
             needed="a number of rows in which a row's bits do not depend on its position",
             do="try another number of threads (torch.set_num_threads)",
         )
-    best, members = max(classes.items(), key=lambda c: (len(c[1]), c[1][-1]))
+    best, members = max(classes.items(), key=lambda c: c[1][-1] if most_rows else (len(c[1]), c[1][-1]))
     for bucket, other in signatures.items():
         if other != best:
             name = next(p.name for p, a, b in zip(probes, other, best, strict=True) if a != b)

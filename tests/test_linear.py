@@ -165,9 +165,16 @@ def test_of_two_classes_as_large_the_one_with_more_rows_is_taken():
         return one_ulp_more if rows in (8, 16) else torch.clone
 
     probe = linear._Probe("k", "fake", lambda rows, _: torch.ones(rows, 2), lambda x: (signature_of(x.shape[1])(x),))
-    assert linear._largest([probe], (4, 8, 16, 32)).buckets == (4, 32)
-    assert linear._largest([probe], (4, 8, 12, 16)).buckets == (8, 16)
-    assert linear._largest([probe], (4, 8, 12, 16, 32)).buckets == (4, 12, 32)
+
+    def largest(*buckets: int, most_rows: bool = False) -> tuple[int, ...]:
+        return linear._largest([probe], buckets, most_rows=most_rows).buckets
+
+    assert largest(4, 8, 16, 32) == (4, 32)
+    assert largest(4, 8, 12, 16) == (8, 16)
+    assert largest(4, 8, 12, 16, 32) == (4, 12, 32)
+    # On a GPU.
+    assert largest(4, 12, 16) == (4, 12) and largest(4, 12, 16, most_rows=True) == (16,)
+    assert largest(4, 8, 12, 32, most_rows=True) == (4, 12, 32)
 
 
 # -- how it is used ----------------------------------------------------------------------------------------------------
