@@ -535,54 +535,68 @@ FORMS = {"plain": "plain", "hopper": "Gluon", "cudnn": "cuDNN"}
 
 
 def forms_table(path: Path) -> list[str]:
-    """K1's forms beside cuDNN, and K2 beside a copy, of one run of bench/forms.py."""
-    file = json.loads(path.read_text())
-    rates: dict[tuple[Any, ...], dict[str, Any]] = {}
-    roof = {}
-    for result in file["results"]:
-        shape = result["shape"]
-        if shape["kernel"] == "roof":
-            roof[shape["form"]] = result
-        else:
-            rates.setdefault((shape["kernel"], shape["B"], shape["P"], shape["S"], tuple(shape["heads"])), {})[
-                shape["form"]
-            ] = result
-    facts = file["machine"]
+    """K1's forms beside cuDNN, and K2 beside a copy: each shape from the newest forms-N.json of the folder that has it."""
+    paths = sorted(path.parent.glob("forms-*.json"))
+    if path != paths[-1]:
+        return []  # one table a folder
+    files = [json.loads(each.read_text()) for each in paths]
+    shapes: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
+    roofs = []
+    for n, file in enumerate(files):
+        cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for result in file["results"]:
+            shape = result["shape"]
+            where = tuple(str(shape.get(name)) for name in ("kernel", "B", "P", "S", "heads"))
+            cells.setdefault(where, {})[shape["form"]] = result
+        roofs.append(
+            {form: result for where, forms in cells.items() if where[0] == "roof" for form, result in forms.items()}
+        )
+        for where, forms in cells.items():
+            if "cudnn" in forms or (where[0] == "K2" and "default" in forms and "1 walks" not in forms):
+                shapes[where] = n, forms
+    facts = files[-1]["machine"]
     lines = [
         f"Kernels alone, {facts['gpu']}, torch {facts['versions']['torch']}, triton {facts['versions']['triton']}, bfloat16; medians of "
-        f"CUDA graphs. In the same run a matrix product of 8,192 cubed ran at {roof['gemm']['tflops']:.0f} TFLOP/s, a copy of 1 GiB at "
-        f"{roof['copy']['gbs'] / 1e3:.2f} TB/s, read and written. cuDNN takes all rows of a kv head as one block of "
-        f"queries, over the prefix alone. File: `{path.relative_to(ROOT)}`.",
+        "CUDA graphs. cuDNN takes all rows of a kv head as one block of queries, over the prefix alone; shares are of a matrix product "
+        "of 8,192 cubed and of a copy of 1 GiB, read and written, in the same run ("
+        + "; ".join(f"{r['gemm']['tflops']:.0f} TFLOP/s and {r['copy']['gbs'] / 1e3:.2f} TB/s" for r in roofs)
+        + f"). Files: `{path.parent.relative_to(ROOT)}/forms-N.json`.",
         "",
-        "| kernel | agents | prefix | heads | " + " | ".join(FORMS.values()) + " | best of ours against cuDNN |",
-        "|---" * (5 + len(FORMS)) + "|",
+        "| K1: agents | prefix | heads | " + " | ".join(FORMS.values()) + " | of the product | against cuDNN | N |",
+        "|---" * (6 + len(FORMS)) + "|",
     ]
-    for (kernel, B, P, _, heads), forms in rates.items():
-        if kernel != "K1" or "cudnn" not in forms:
+    for (kernel, B, P, _, heads), (n, forms) in shapes.items():
+        if kernel != "K1":
             continue
-        unit, digits = ("TFLOP/s", 0) if "tflops" in forms["cudnn"] else ("GB/s", 0)
-        field = "tflops" if unit == "TFLOP/s" else "gbs"
-        shown = [f"{forms[f][field]:,.{digits}f} {unit}" if f in forms else MISSING for f in FORMS]
-        ours = min(forms[f]["ms"] for f in ("plain", "hopper", "default") if f in forms)
-        if "plain" not in forms and "default" in forms:  # as it was called while it was the only one
-            shown[0] = f"{forms['default'][field]:,.{digits}f} {unit}"
-        heads_text = f"{heads[0]}/{heads[1]}x{heads[2]}"
+        # Until the Gluon form became it, the default form was the plain one.
+        found = {
+            "plain": forms.get("plain") or forms.get("default"),
+            "hopper": forms.get("hopper"),
+            "cudnn": forms["cudnn"],
+        }
+        field, unit = ("tflops", "TFLOP/s") if "tflops" in forms["cudnn"] else ("gbs", "GB/s")
+        shown = [MISSING if found[f] is None else f"{found[f][field]:,.0f} {unit}" for f in FORMS]
+        ours = min(found[f]["ms"] for f in ("plain", "hopper") if found[f] is not None)
+        share = MISSING
+        if field == "tflops":
+            share = f"{100 * found['cudnn']['tflops'] * found['cudnn']['ms'] / ours / roofs[n]['gemm']['tflops']:.0f} %"
+        qo, kv, dim = json.loads(heads)
+        against = f"{found['cudnn']['ms'] / ours:.2f}x"
         lines.append(
-            f"| K1 | {B:,} | {P:,} | {heads_text} | {' | '.join(shown)} | {forms['cudnn']['ms'] / ours:.2f}x |"
+            f"| {int(B):,} | {int(P):,} | {qo}/{kv}x{dim} | {' | '.join(shown)} | {share} | {against} | {paths[n].stem[6:]} |"
         )
-    suffixes = {key: forms for key, forms in rates.items() if key[0] == "K2" and "default" in forms and key[3] >= 64}
-    if suffixes:
-        lines += [
-            "",
-            "| kernel | agents | prefix | suffix | heads | time | GB/s of K and V | of the copy |",
-            "|---" * 8 + "|",
-        ]
-    for (kernel, B, P, S, heads), forms in suffixes.items():
-        one = forms["default"]
-        lines.append(
-            f"| {kernel} | {B:,} | {P:,} | {S} | {heads[0]}/{heads[1]}x{heads[2]} | {one['ms'] * 1e3:.1f} us | {one['gbs']:,.0f} | "
-            f"{100 * one['gbs'] / roof['copy']['gbs']:.0f} % |"
-        )
+    lines += [
+        "",
+        "| K2: agents | prefix | suffix | heads | time | GB/s of K and V | of the copy | N |",
+        "|---" * 8 + "|",
+    ]
+    for (kernel, B, P, S, heads), (n, forms) in shapes.items():
+        if kernel == "K2":
+            one, (qo, kv, dim) = forms["default"], json.loads(heads)
+            lines.append(
+                f"| {int(B):,} | {int(P):,} | {S} | {qo}/{kv}x{dim} | {one['ms'] * 1e3:.1f} us | {one['gbs']:,.0f} | "
+                f"{100 * one['gbs'] / roofs[n]['copy']['gbs']:.0f} % | {paths[n].stem[6:]} |"
+            )
     return lines
 
 
@@ -643,8 +657,8 @@ def tables() -> str:
             "linear": linear_table,
             "document": document_table,
         }.get(path.stem.split("-")[0])
-        if make is not None:
-            lines += [*make(path), ""]
+        if make is not None and (made := make(path)):
+            lines += [*made, ""]
             on_gpu |= make is layer_table and "gpu" in json.loads(path.read_text())["machine"]
     if not on_gpu:
         lines += gpu_table()

@@ -13,7 +13,7 @@ registers have no room for it, and 128 rows move 128 KB there where the segment'
 leaves each segment's own state in a slot of its own, since the fold is not associative.
 
 Bound by the tensor cores from about 50 agents of 4 query heads a kv head, by reading K and V below (both by arithmetic).
-Speed is not measured. From sm_90 on, K and V come by tensor descriptors that each program makes from the node table's
+From sm_90 on, K and V come by tensor descriptors that each program makes from the node table's
 addresses (256 B of memory a program); before, and for fp32, by pointers.
 
 On sm_90, in 16 bits, a step of more than SMALL_ROWS packed rows runs the kernel of prefix_hopper, which has the same bits.

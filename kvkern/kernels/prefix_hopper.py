@@ -1,4 +1,4 @@
-"""K1 for Hopper, in Gluon: what `prefix` computes, by one producer warp and two consumer warpgroups. Opt-in.
+"""K1 for Hopper, in Gluon: what `prefix` computes, by one producer warp and two consumer warpgroups.
 
     producer    K and V tiles by TMA into a ring of STAGES buffers each
     consumers   64 packed rows of a work item each; the softmax of tile n runs while the tensor cores do Q K^T of tile n + 1
@@ -9,8 +9,10 @@ on a row are those of `prefix`, hence its bits, as far as the tensor cores give 
 
 An operation's rounding is written out as in `state`: a Gluon kernel cannot call a Triton function.
 
-Bound by the tensor cores (by arithmetic). Never run on a GPU: its instructions for sm_90 are checked, and this source is
-run by a stand-in for Gluon in numpy, under drawn orders; the stand-in knows no layouts, proxies or latencies.
+From a prefix's segment to its next the tensor cores do not drain: Q K^T of the one's first tile runs with P V of the other's
+last. Bound by the tensor cores, and by power: on an H100 83 % of the rate of a large product at 1,024 agents over 32,768 tokens,
+at 1.7 GHz of 1.98 and 620 to 700 W (bench/results/). Beside the GPU's tests its instructions for sm_90 are checked, and this source
+is run by a stand-in for Gluon in numpy, under drawn orders; the stand-in knows no layouts, proxies or latencies.
 """
 
 from __future__ import annotations
