@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_native.py", "test_cpu.py", "test_prefix.py", "test_store.py")
+TESTS = ("test_native.py", "test_rows.py", "test_binding.py", "test_cpu.py", "test_prefix.py", "test_store.py")
 """Those that are about csrc/; the others come to it by the same calls."""
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_attention
 import test_exact
@@ -198,6 +199,21 @@ def test_exp2_is_right_to_one_part_in_2_to_the_23(instruction_set):
     right = torch.exp2(x.double())
     error = (exp2(x, instruction_set).double() - right).abs() / right
     assert error.max() <= 2**-23 and error.mean() <= 2**-25
+
+
+@pytest.mark.full
+def test_exp2_is_as_right_against_long_double_over_its_whole_range():
+    """Every 211th float from -126 to 1, of both signs down to the smallest, so each binade has its share."""
+    first, step = random.randrange(211), 211
+    patterns = [
+        np.arange(low + first, high, step, dtype=np.uint32) for low, high in ((0, 0x3F800000), (1 << 31, 0xC2FC0000))
+    ]
+    x = torch.from_numpy(np.concatenate(patterns).view(np.float32))
+    right = np.exp2(x.numpy().astype(np.longdouble))
+    for instruction_set in INSTRUCTION_SETS:
+        error = np.abs(exp2(x, instruction_set).numpy() - right) / right
+        bound = 0.8 if instruction_set == "portable" else 0.6  # without and with products that are not rounded
+        assert error.max() <= bound * 2.0**-23, (instruction_set, float(error.max() * 2**23))
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
