@@ -635,6 +635,45 @@ def engine_table(path: Path) -> list[str]:
     return lines
 
 
+# -- how far the KV compresses -----------------------------------------------------------------------------------------
+
+
+def compression_table(path: Path) -> list[str]:
+    """A row for every form and codec, K and V apart; what pays is the file's own verdict."""
+    file = json.loads(path.read_text())
+    facts = file["machine"]
+    lines = [
+        f"How far the KV of a document compresses without loss, bit by bit verified, one core of {facts['cpu']}; GB are 10^9 bytes of KV "
+        "before compression, medians. A form pays if it is smaller by 20 % or more and is decompressed at more than 1 GB/s, or "
+        f"faster than the disk in the same run. File: `{path.relative_to(ROOT)}`.",
+        "",
+        "| model | tokens | dtype | form | codec | smaller | K | V | compress | decompress | disk | pays |",
+        "|---" * 12 + "|",
+    ]
+    for result in file["results"]:
+        shape, seconds, verdicts, disk = (result[name] for name in ("shape", "seconds", "verdicts", "disk"))
+        packing = sum(statistics.median(seconds[f"compress_{part}"]) for part in "KV")
+        cold = {True: "", False: " (not cold)", None: " (cold not confirmed)"}[disk["cold"]]
+        cells = [
+            shape["model"],
+            f"{result['tokens']:,}",
+            shape["dtype"],
+            shape["form"],
+            shape["codec"],
+            *(f"{100 * verdicts[part]['smaller']:.1f} %" for part in ("all", "K", "V")),
+            f"{sum(result['before'].values()) / packing / 1e9:.2f} GB/s",
+            f"{verdicts['all']['bytes_per_s'] / 1e9:.2f} GB/s",
+            f"{disk['bytes'] / statistics.median(disk['seconds']) / 1e9:.2f} GB/s{cold}",
+            "yes" if verdicts["all"]["pays"] else "no",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for found in file.get("answers", ()):
+        lines += ["", f"{found['shape']['model']}, {found['shape']['dtype']}: {found['text']}."]
+    for cell in file.get("failed", ()):
+        lines += ["", f"No number for {shape_text(cell['shape'])}: {' '.join(cell['reason'].split())}."]
+    return lines
+
+
 # -- all files ---------------------------------------------------------------------------------------------------------
 
 
@@ -656,6 +695,7 @@ def tables() -> str:
             "layer": layer_table,
             "linear": linear_table,
             "document": document_table,
+            "compression": compression_table,
         }.get(path.stem.split("-")[0])
         if make is not None and (made := make(path)):
             lines += [*made, ""]
