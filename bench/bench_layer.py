@@ -7,6 +7,10 @@ begins after --seconds, and none takes more turns after --cell-seconds. A cell t
 again next time. The result of every entry is checked against fp64 on sampled rows before it has a time: a wrong kvkern ends
 the script, a wrong peer has a reason. Before each timed run a buffer displaces the L2 cache, on the CPU all caches.
 
+An entry that breaks the CUDA context, or ends the process, is kept under `crashed` {shape, entry, reason}; the script ends with
+status 75, and run again goes on without that entry in that cell, and without one that crashed in two cells in all. Where it was
+kvkern, the cell has failed, and is not begun again. To try once more, take the key out of the file.
+
 Entries of a cell, timed in turns:
   kvkern        append, prefix and suffix through `shared_prefix_attention`; of suffixes of 0 tokens, the prefix alone
   kvkern_eager  the same, launched from Python each time (CUDA)
@@ -43,6 +47,7 @@ import gc
 import itertools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -53,7 +58,7 @@ import numpy as np
 import peers
 import torch
 from fma_peak import FmaPeak
-from harness import Bench, WrongResult, gate, reason, shown
+from harness import CASE, CRASHED, WHOLE, Bench, Broken, Crashed, WrongResult, gate, reason, shown
 from peers import Case
 from torch import Tensor
 
@@ -82,6 +87,7 @@ CPU_AIMS_HEADS = CPU_HEADS[:2]
 LEAST_TURNS = 3
 ROOF_SECONDS = 5.0
 """A large product that would take longer is measured on a smaller one; the file keeps the size."""
+OURS = ("kvkern", "kvkern_eager", "K0", "K1", "K2")
 LONGEST = 0.25
 """Part of a CPU cell's seconds that one run of kvkern may take by the rate of the product."""
 FAILURES = (RuntimeError, MemoryError, NotImplementedError, ImportError, kvkern.KvkernError)
@@ -285,7 +291,10 @@ def graph(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def kernels(case: Case) -> dict[str, Callable[[], Any]]:
-    """The three functions of the backend, each on what the one before it left; K0 where there is a suffix to append to."""
+    """The three functions of the backend, each on what the one before it left; K0 where there is a suffix to append to.
+
+    What a function needs of the others is made in its first call, hence not in the time.
+    """
     run, pool, t = backends.choose(case.backend, case.device), case.pool, case.plan.tensors
     pages = pool.k_pages(0), pool.v_pages(0)
     places = pool.page_table, pool.seq_lens, t.row_slot, t.row_back
@@ -295,17 +304,19 @@ def kernels(case: Case) -> dict[str, Callable[[], Any]]:
     def append() -> Tensor:
         return run.append(case.q, case.k[:appended], case.v[:appended], *pages, *places)
 
-    queries = append()
+    queries = functools.cache(append)
 
     def prefix() -> Any:
         return run.prefix_attention(
-            queries, t.node_table, t.items, t.path_table, num_kv_heads=heads, layer=0, sm_scale=sm_scale
+            queries(), t.node_table, t.items, t.path_table, num_kv_heads=heads, layer=0, sm_scale=sm_scale
         )
 
-    state = prefix()
+    state = functools.cache(prefix)
 
     def suffix() -> Any:
-        return run.suffix_attention(queries, *pages, *places, t.suffix_tiles, t.path_table, state, sm_scale=sm_scale)
+        return run.suffix_attention(
+            queries(), *pages, *places, t.suffix_tiles, t.path_table, state(), sm_scale=sm_scale
+        )
 
     return ({"K0": append} if appended else {}) | {"K1": prefix, "K2": suffix}
 
@@ -324,12 +335,14 @@ class Entries:
     reasons  of what has no time
     first    seconds of the first run of each, which was checked
     eager    why an entry on CUDA is not replayed from a graph
+    now      the entry that is timed at the moment
     """
 
     runs: dict[str, Callable[[], Any]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     eager: dict[str, str] = field(default_factory=dict)
+    now: str = CASE
 
     def graphed(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
         """The entry replayed from a graph, or as it is where it cannot be captured."""
@@ -368,35 +381,47 @@ class Pace:
             self.reached[cell.heads, cell.dtype, name] = cell.flop / median
 
 
-def entries(bench: Bench, case: Case, admit: Callable[[str], None]) -> Entries:
-    """Every entry that can run here, run once. `admit` raises for one that is to be left out."""
+def entries(bench: Bench, shape: dict[str, Any], case: Case, admit: Callable[[str], None]) -> Entries:
+    """Every entry that can run here, run once: kvkern, its kernels, the others. `admit` raises for one that would take too long."""
     found, cuda, chosen = Entries(), case.device.type == "cuda", bench.options
+    left_out = bench.left_out(shape)
 
-    def add(name: str, prepare: Callable[[], Callable[[], Tensor]], *, checked: bool = True) -> None:
-        try:
-            admit(name)
+    def begin(name: str, prepare: Callable[[], Callable[[], Any]], checked: bool) -> None:
+        with bench.trial(shape, name):
             run, outputs = prepare(), []
             if cuda and name != "kvkern_eager":
                 run = found.graphed(name, run)
             found.first[name] = bench.once(lambda: outputs.append(run()))
             if checked:
                 check(case, outputs[0])
-            found.runs[name] = run
-        except (*FAILURES, WrongResult) as error:
+        found.runs[name] = run
+
+    def add(name: str, prepare: Callable[[], Callable[[], Any]], *, checked: bool = True) -> None:
+        if name in left_out:
+            found.reasons[name] = left_out[name]
+            return
+        try:
+            if name not in OURS:
+                admit(name)
+            begin(name, prepare, checked)
+        except (Exception, WrongResult) as error:  # whatever other libraries raise
             found.reasons[name] = reason(error)
             gc.collect()
             if cuda:
                 torch.cuda.empty_cache()
 
-    outputs: list[Tensor] = []
-    ours = found.graphed("kvkern", case.kvkern) if cuda else case.kvkern
-    found.first["kvkern"] = bench.once(lambda: outputs.append(ours()))
-    check(case, outputs.pop())
-    found.runs["kvkern"] = ours
+    begin("kvkern", lambda: case.kvkern, checked=True)
     if cuda:
         add("kvkern_eager", lambda: case.kvkern)
     if cuda or chosen.kernels or chosen.all or chosen.aims:
-        found.runs |= {name: found.graphed(name, run) if cuda else run for name, run in kernels(case).items()}
+        before: str | None = None
+        for name, run in kernels(case).items():
+            if before is None or before in found.runs:
+                add(name, lambda run=run: run, checked=False)  # type: ignore[misc]
+                found.first.pop(name, None)  # what it needs was made in it
+            else:
+                found.reasons[name] = f"it needs what {before} leaves"
+            before = name
     add("gemm", lambda: gemm(case), checked=False)
     for peer in peers.PEERS:
         if chosen.peers is not None and peer.name not in chosen.peers:
@@ -417,6 +442,7 @@ def turns(bench: Bench, found: Entries, flush: Flush, began: float) -> dict[str,
         if turn > LEAST_TURNS and time.monotonic() - began > chosen.cell_seconds:
             break
         for name, run in list(runs.items()):
+            found.now = name
             flush()
             taken = bench.once(run)
             # The first turn warms. A peer that takes a tenth of the cell's time there has no other.
@@ -462,7 +488,13 @@ def spread(samples: list[float]) -> float:
 
 
 def measure(
-    bench: Bench, cell: Cell, flush: Flush, roofs: Roofs | None, rates: dict[str, Any], pace: Pace
+    bench: Bench,
+    cell: Cell,
+    shape: dict[str, Any],
+    flush: Flush,
+    roofs: Roofs | None,
+    rates: dict[str, Any],
+    pace: Pace,
 ) -> dict[str, Any]:
     """Check every entry of the cell, then time them in turns. `rates` are the run's; by `roofs` they are taken anew."""
     chosen, began, on_cpu = bench.options, time.monotonic(), bench.device.type == "cpu"
@@ -474,14 +506,18 @@ def measure(
             )
     geometry = cell.geometry
     case = Case.make(geometry, cell.agents, cell.prefix, cell.suffix, device=bench.device, backend=chosen.backend)
-    found = entries(bench, case, (lambda name: pace.admit(cell, name)) if on_cpu else lambda name: None)
+    found = entries(bench, shape, case, (lambda name: pace.admit(cell, name)) if on_cpu else lambda name: None)
     if roofs is not None:
         runs = found.runs | {f"roof {name}": run for name, run in roofs.runs().items()}
         seconds = shares(bench, runs, found.first, flush)
         samples = {name: seconds.pop(f"roof {name}") for name in roofs.runs()}
         rates = roofs.rates(samples) | {"seconds": samples, "threads": torch.get_num_threads()}
     else:
-        seconds = turns(bench, found, flush, began)
+        try:
+            seconds = turns(bench, found, flush, began)
+        except FAILURES as error:
+            bench.blame(shape, found.now, error)
+            raise
 
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
     pace.note(cell, medians)
@@ -586,6 +622,7 @@ def main() -> None:
     chosen, on_cpu = bench.options, bench.device.type == "cpu"
     chosen.cell_seconds = chosen.cell_seconds or (8.0 if on_cpu else 30.0)
     bench.resume()
+    bench.take_up_trial()
     torch.seed()
     measured_in, pace, forced = isa(bench), Pace(chosen.cell_seconds), os.environ.get("KVKERN_ISA")
     if measured_in is not None and forced and measured_in != forced:
@@ -619,8 +656,13 @@ def main() -> None:
             print(f"layer    {len(left) - n} cells not begun: {chosen.seconds:g} s are over", flush=True)
             break
         try:
-            found = measure(bench, cell, flush(), roofs(cell.dtype) if on_cpu else None, rates(cell.dtype), pace)
+            for name, why in bench.left_out(shape).items():
+                if name in WHOLE:
+                    raise Broken(f"{name} {why}")
+            roofs_here = roofs(cell.dtype) if on_cpu else None
+            found = measure(bench, cell, shape, flush(), roofs_here, rates(cell.dtype), pace)
         except FAILURES as error:
+            bench.blame(shape, CASE, error)
             bench.fail(shape, error)
         else:
             bench.keep(shape, found)
@@ -641,4 +683,10 @@ def shape_of(cell: Cell, backend: str | None, measured_in: str | None) -> dict[s
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Crashed:
+        # At once: what is freed on a broken device may abort the process, which would have another status.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(CRASHED)

@@ -2,12 +2,17 @@
 
 A script makes a `Bench`, checks each shape against the oracle, times kvkern, its peers and the roofs in one process, and
 writes JSON: card or CPU, driver, versions, commit, date, and every sample in seconds. `report.py` makes tables of the files.
+
+An error of a CUDA kernel ends its process's use of the device. `Bench.trial` blames it on the entry that made it, so that
+another run goes on without that one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,7 +21,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,13 @@ from torch import Tensor
 from kvkern import _C
 
 ROOT = Path(__file__).resolve().parent.parent
+
+CRASHED = 75
+"""Exit status of a script that is to be run again: an entry broke the device for its process. sysexits.h's EX_TEMPFAIL."""
+CASE = "case"
+"""The entry that is blamed where no other is: operands, roofs."""
+WHOLE = (CASE, "kvkern")
+"""Entries without which a cell has no time."""
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -42,11 +54,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts["cuda"] = torch.version.cuda
-    return facts
+    return facts | _gpu(device) if device.type == "cuda" else facts
+
+
+@functools.cache
+def _gpu(device: torch.device) -> dict[str, Any]:
+    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"gpu": torch.cuda.get_device_name(device), "driver": driver, "cuda": torch.version.cuda}
 
 
 def here() -> Path:
@@ -78,10 +92,10 @@ def _first_line(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout; where the files are not one, as $KVKERN_COMMIT says."""
+    """As $KVKERN_COMMIT says, since the checkout around copied files may be of another; else of the checkout."""
+    if named := os.environ.get("KVKERN_COMMIT"):
+        return named
     commit = _first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if commit is None:
-        return os.environ.get("KVKERN_COMMIT")
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+changes" if commit and changed else commit
 
@@ -136,6 +150,11 @@ class Bench:
         run()
         return time.perf_counter() - started
 
+    def synchronize(self) -> None:
+        """Wait for the device; raises what an entry did to it, however late that shows."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def add(self, shape: dict[str, Any], entries: dict[str, list[float]], *, flop: float, bytes_moved: float) -> None:
         """Keep a shape's samples, and print one aligned line."""
         self.results.append({"shape": shape, "seconds": entries, "flop": flop, "bytes": bytes_moved})
@@ -157,10 +176,12 @@ class Bench:
 
     def resume(self) -> None:
         """Take up the cells that the file holds; those that failed are run again. One file is of one machine."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return
+        now = machine(self.device)  # asked in any case: a device that an entry broke later may not tell its name
+        if not self.path.exists():
             return
         held = json.loads(self.path.read_text())
-        now = machine(self.device)
         facts = ["device", "gpu", "cpu", "threads", "versions"]
         if self.device.type == "cpu":
             facts.append("instruction_sets")  # CPUs of one name differ in them
@@ -200,6 +221,85 @@ class Bench:
         partial.write_text(json.dumps(content | ({"failed": self.failed} if self.failed else {}), indent=1) + "\n")
         os.replace(partial, self.path)
 
+    # -- entries that break the device ---------------------------------------------------------------------------------
+
+    @property
+    def _trying(self) -> Path | None:
+        """A small file beside the JSON file, there while an entry is tried: it outlives a process that dies of the entry."""
+        return None if self.path is None else self.path.with_suffix(".trying")
+
+    @contextlib.contextmanager
+    def trial(self, shape: dict[str, Any], entry: str) -> Iterator[None]:
+        """Around the first run of an entry in a cell. Raises Crashed where that broke the device, else what the entry raised."""
+        trying = self._trying
+        if trying is not None:
+            trying.parent.mkdir(parents=True, exist_ok=True)
+            trying.write_text(json.dumps({"shape": shape, "entry": entry}) + "\n")
+        try:
+            yield
+            self.synchronize()
+        except Exception as error:
+            self.blame(shape, entry, error)
+            raise
+        finally:
+            if trying is not None:
+                trying.unlink()
+
+    def blame(self, shape: dict[str, Any], entry: str, error: BaseException) -> None:
+        """Raise Crashed, kept in the file, if the device is broken after `error`; else return."""
+        if not self._broken():
+            return
+        self._crash(shape, entry, reason(error))
+        again = (
+            "run again: that goes on without it"
+            if self.path is not None
+            else "with --out, running again goes on without it"
+        )
+        print(f"{self.name:8s} {shown(shape)} | {entry} broke the device: {reason(error)} | {again}", flush=True)
+        raise Crashed(CRASHED)
+
+    def _broken(self) -> bool:
+        """Asked twice, since an error that passes is told once."""
+        for _ in range(2):
+            try:
+                self.synchronize()
+            except RuntimeError:
+                continue
+            return False
+        return True
+
+    def _crash(self, shape: dict[str, Any], entry: str, why: str) -> None:
+        self.beside.setdefault("crashed", []).append({"shape": shape, "entry": entry, "reason": why})
+        if entry in WHOLE:
+            self.fail(shape, Broken(f"{entry} broke the device: {why}"))
+        self.save()
+
+    def take_up_trial(self) -> None:
+        """After `resume`: an entry that was being tried when the process ended counts as crashed."""
+        trying = self._trying
+        if trying is None or not trying.exists():
+            return
+        with contextlib.suppress(json.JSONDecodeError):  # ended while this was written
+            left = json.loads(trying.read_text())
+            self._crash(left["shape"], left["entry"], "the process ended, or was stopped, in its first run")
+            print(f"{self.name:8s} {shown(left['shape'])} | {left['entry']} ended the run before this one", flush=True)
+        trying.unlink()
+
+    def left_out(self, shape: dict[str, Any]) -> dict[str, str]:
+        """Why entries are not to be tried in this cell: they crashed in it, or in two others."""
+        found: dict[str, str] = {}
+        crashed = self.beside.get("crashed", [])
+        for entry in {crash["entry"]: None for crash in crashed}:
+            cells = [crash for crash in crashed if crash["entry"] == entry]
+            here = [crash for crash in cells if crash["shape"] == shape]
+            if here:
+                found[entry] = f"broke the device: {here[0]['reason']}"
+            elif len({shown(crash["shape"]) for crash in cells}) > 1 and entry not in WHOLE:
+                found[entry] = (
+                    f"broke the device in {len(cells)} cells, at {shown(cells[0]['shape'])}: {cells[0]['reason']}"
+                )
+        return found
+
     def finish(self) -> None:
         self.save()
         if self.path is not None:
@@ -213,6 +313,14 @@ def shown(shape: dict[str, Any]) -> str:
 def reason(error: BaseException) -> str:
     """Of a failure, what a file keeps."""
     return f"{type(error).__name__}: {error}"[:300]
+
+
+class Crashed(SystemExit):
+    """Ends a script whose device is broken, with the status CRASHED."""
+
+
+class Broken(RuntimeError):
+    """An entry that a cell needs broke the device."""
 
 
 class WrongResult(SystemExit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -119,19 +120,22 @@ def test_a_cell_that_failed_is_told_and_run_again(
     assert again.failed == [] and [result["shape"] for result in again.results] == [failed.failed[0]["shape"]]
 
 
+class Peer:
+    """One by a function of the case."""
+
+    def __init__(self, name: str, run: Any) -> None:
+        self.name, self.run = name, run
+
+    def available(self, case: Any) -> str | None:
+        return None
+
+    def prepare(self, case: Any) -> Any:
+        return lambda: self.run(case)
+
+
 def test_a_peer_that_fails_or_is_wrong_is_a_reason_and_no_time(
     scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Peer:
-        def __init__(self, name: str, run: Any) -> None:
-            self.name, self.run = name, run
-
-        def available(self, case: Any) -> str | None:
-            return None
-
-        def prepare(self, case: Any) -> Any:
-            return lambda: self.run(case)
-
     def fails(case: Any) -> torch.Tensor:
         raise RuntimeError("no kernel")
 
@@ -144,15 +148,254 @@ def test_a_peer_that_fails_or_is_wrong_is_a_reason_and_no_time(
         "wrong": lambda case: case.kvkern() * 1.5,
         "nan": lambda case: torch.full_like(case.q, float("nan")),
         "large": large,
+        "odd": lambda case: {}["plan"],
         "right": lambda case: case.kvkern(),
     }
     monkeypatch.setattr(scripts["peers"], "PEERS", [Peer(name, run) for name, run in broken.items()])
     (result,) = Ran(scripts["bench_layer"], tmp_path, *SHAPE).results
     assert result["seconds"].keys() == {"kvkern", "gemm", "right"}
     reasons = result["reasons"]
-    assert reasons.keys() == {"fails", "wrong", "nan", "large"} and reasons["fails"] == "RuntimeError: no kernel"
+    assert reasons.keys() == {"fails", "wrong", "nan", "large", "odd"}
+    assert reasons["fails"] == "RuntimeError: no kernel" and reasons["odd"] == "KeyError: 'plan'"
     assert all(reasons[name].startswith("WrongResult: wrong result") for name in ("wrong", "nan"))
     assert reasons["large"].startswith("MemoryError: 1073741824.0 GiB needed")
+
+
+# -- entries that break the device -------------------------------------------------------------------------------------
+
+
+class Device:
+    """A device that, once broken, raises at every synchronization, as CUDA does after an error of a kernel."""
+
+    def __init__(self, scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.why: str | None = None
+        self.told = 1 << 30
+        # What takes the time of a cell as small as these.
+        monkeypatch.setattr(scripts["bench_layer"], "fma_peak", lambda measured_in: None)
+        monkeypatch.setattr(scripts["bench_layer"], "gc", SimpleNamespace(collect=lambda: 0))
+        monkeypatch.setattr(scripts["harness"].Bench, "synchronize", lambda bench: self.synchronize())
+        monkeypatch.setattr(
+            scripts["peers"],
+            "PEERS",
+            [Peer(name, getattr(self, name)) for name in ("breaks", "late", "passes", "fine")],
+        )
+        self.bad = {"breaks"}
+
+    def synchronize(self) -> None:
+        if self.why is not None and self.told:
+            self.told -= 1
+            raise torch.AcceleratorError(self.why)
+
+    def fine(self, case: Any) -> torch.Tensor:
+        o: torch.Tensor = case.kvkern()
+        return o
+
+    def breaks(self, case: Any) -> torch.Tensor:
+        if "breaks" in self.bad:
+            self.why = "CUDA error: operation not supported on global/shared address space"
+            raise torch.AcceleratorError(self.why)
+        return self.fine(case)
+
+    def late(self, case: Any) -> torch.Tensor:
+        """Right, and then broken: a kernel's error shows when the device is next waited for."""
+        self.why = "CUDA error: an illegal memory access" if "late" in self.bad else None
+        return self.fine(case)
+
+    def passes(self, case: Any) -> torch.Tensor:
+        if "passes" in self.bad:
+            self.why, self.told = "CUDA error: invalid argument", 1
+            raise torch.AcceleratorError(self.why)
+        return self.fine(case)
+
+    def run(self, scripts: Any, out: Path, *argv: str) -> Ran:
+        """A process of its own, hence on a whole device."""
+        self.why = None
+        return Ran(scripts["bench_layer"], out, *SHAPE, *argv)
+
+
+@pytest.fixture
+def device(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(scripts, monkeypatch)
+
+
+ENTRIES = {"kvkern", "gemm", "breaks", "late", "passes", "fine"}
+
+
+@pytest.mark.parametrize(("entry", "why"), [("breaks", "address space"), ("late", "illegal memory access")])
+def test_an_entry_that_breaks_the_device_ends_the_script_and_is_left_out_of_the_next(
+    scripts: Any, tmp_path: Path, device: Device, capsys: pytest.CaptureFixture[str], entry: str, why: str
+) -> None:
+    device.bad = {entry}
+    first = device.run(scripts, tmp_path)
+    assert isinstance(first.refused, scripts["harness"].Crashed) and first.refused.code == 75
+    (crash,) = first.file["crashed"]
+    assert (crash["entry"], crash["shape"]["B"]) == (entry, 3) and why in crash["reason"]
+    assert not first.results and not first.failed and [path.name for path in tmp_path.iterdir()] == ["layer.json"]
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "broke the device" in line]
+    assert f"B=3 P=100 S=20 heads=[4, 2, 64] dtype=bfloat16 backend=None isa={crash['shape']['isa']} | {entry} " in told
+    assert told.endswith("run again: that goes on without it")
+
+    again = device.run(scripts, tmp_path)
+    (result,) = again.results
+    assert again.refused is None and again.file["crashed"] == [crash]
+    assert result["seconds"].keys() == ENTRIES - {entry} and why in result["reasons"][entry]
+
+
+def test_control_an_error_that_passes_is_only_a_reason(scripts: Any, tmp_path: Path, device: Device) -> None:
+    device.bad = {"passes"}
+    ran = device.run(scripts, tmp_path)
+    (result,) = ran.results
+    assert ran.refused is None and "crashed" not in ran.file
+    assert result["seconds"].keys() == ENTRIES - {"passes"} and "invalid argument" in result["reasons"]["passes"]
+
+
+def test_an_entry_that_crashed_in_two_cells_is_left_out_in_all(scripts: Any, tmp_path: Path, device: Device) -> None:
+    cells = [("--cell", str(b), "40", "0") for b in (1, 2, 3)]
+    for cell in cells[:2]:
+        for code in (75, None):  # crashed in one cell, it is tried in another
+            ran = device.run(scripts, tmp_path, *cell)
+            assert getattr(ran.refused, "code", None) == code
+    last = device.run(scripts, tmp_path, *cells[2])
+    assert last.refused is None and len(last.results) == 3 and len(last.file["crashed"]) == 2
+    assert "broke the device in 2 cells" in last.results[2]["reasons"]["breaks"]
+
+
+def test_a_crash_of_kvkern_fails_its_cell_and_the_others_go_on(
+    scripts: Any, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks_on_three(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if q.shape[0] >= 3:
+            device.bad = {"breaks"}
+            device.breaks(None)
+        o: torch.Tensor = RIGHT(q, *args, **options)
+        return o
+
+    device.bad = set()
+    monkeypatch.setattr(scripts["bench_layer"], "TINY", [(3, 40, 20), (4, 40, 20), (2, 40, 20)])
+    monkeypatch.setattr(kvkern, "shared_prefix_attention", breaks_on_three)
+    for crashes in (1, 2):
+        ran = device.run(scripts, tmp_path)
+        assert getattr(ran.refused, "code", None) == 75 and not ran.results
+        assert [cell["shape"]["B"] for cell in ran.failed] == [3, 4][:crashes]
+    device.bad = set()
+    ran = device.run(scripts, tmp_path)
+    assert ran.refused is None and [result["agents"] for result in ran.results] == [2]
+    assert all("kvkern broke the device: AcceleratorError" in cell["reason"] for cell in ran.failed)
+    assert [cell["shape"]["B"] for cell in ran.failed] == [3, 4] and not ran.file["not_begun"]
+
+
+def test_a_crash_outside_of_all_entries_fails_its_cell(
+    scripts: Any, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(scripts["peers"].Case, "make", lambda *args, **options: device.breaks(None))
+        first = device.run(scripts, tmp_path)
+    assert getattr(first.refused, "code", None) == 75 and first.file["crashed"][0]["entry"] == "case"
+    again = device.run(scripts, tmp_path)
+    assert again.refused is None and not again.results and again.failed[0]["reason"].startswith("Broken: case broke")
+
+
+def test_what_was_tried_when_the_process_ended_is_not_tried_again(
+    scripts: Any, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.bad, trying, held = set(), tmp_path / "layer.trying", []
+    names = ("fine", "breaks")
+
+    def notes_it(case: Any) -> torch.Tensor:
+        if len(held) < len(names):  # in the turns after, nothing is there
+            held.append(trying.read_text())
+        return device.fine(case)
+
+    notes = [Peer(name, notes_it) for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(scripts["peers"], "PEERS", notes)
+        first = device.run(scripts, tmp_path)
+    assert len(first.results) == 1 and not trying.exists()
+    assert [json.loads(text)["entry"] for text in held] == list(names)
+    for text in (held[1], '{"sha'):  # the second: ended while it was written
+        (tmp_path / "layer.json").unlink()
+        trying.write_text(text)
+        again = device.run(scripts, tmp_path)
+        (result,) = again.results
+        assert again.refused is None and not trying.exists()
+        whole = text != held[1]
+        assert result["seconds"].keys() == (ENTRIES if whole else ENTRIES - {"breaks"})
+        assert whole or "the process ended" in again.file["crashed"][0]["reason"]
+
+
+def test_a_kernel_that_breaks_the_device_takes_those_with_it_that_need_it(
+    scripts: Any, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, whole = scripts["bench_layer"], scripts["bench_layer"].kernels
+    monkeypatch.setattr(layer, "kernels", lambda case: whole(case) | {"K1": lambda: device.breaks(case)})
+    monkeypatch.setattr(scripts["peers"], "PEERS", [])
+    first = device.run(scripts, tmp_path, "--kernels")
+    assert getattr(first.refused, "code", None) == 75 and first.file["crashed"][0]["entry"] == "K1"
+    (result,) = device.run(scripts, tmp_path, "--kernels").results
+    assert result["seconds"].keys() == {"kvkern", "K0", "gemm"} and "k1_ms" not in result
+    assert result["reasons"]["K2"] == "it needs what K1 leaves"
+
+
+def test_on_cuda_a_crash_in_a_turn_is_blamed_on_the_entry_of_the_turn(scripts: Any) -> None:
+    layer = scripts["bench_layer"]
+
+    class Clock:
+        options = argparse.Namespace(cell_seconds=30.0, samples=4)
+
+        def once(self, run: Any) -> float:
+            run()
+            return 0.1
+
+    def breaks() -> None:
+        raise torch.AcceleratorError("CUDA error")
+
+    found = layer.Entries({"kvkern": lambda: None, "K1": breaks, "gemm": lambda: None})
+    with pytest.raises(torch.AcceleratorError):
+        layer.turns(Clock(), found, lambda: None, time.monotonic())
+    assert found.now == "K1"
+
+
+PROCESS = """
+import os, runpy, signal, sys
+sys.path.insert(0, {bench!r})
+import harness, peers, torch
+
+class Peer(peers.ExpandedSdpa):
+    def __init__(self, name, run):
+        self.name, self.prepare = name, lambda case: run
+
+whole = True
+def breaks():
+    global whole
+    whole = False
+    raise torch.AcceleratorError("CUDA error")
+def synchronize(bench):
+    if not whole:
+        raise torch.AcceleratorError("CUDA error")
+harness.Bench.synchronize = synchronize
+peers.PEERS[:] = [Peer("dies", lambda: os.kill(os.getpid(), signal.SIGSEGV)), Peer("breaks", breaks)]
+runpy.run_path({bench!r} + "/bench_layer.py", run_name="__main__")
+"""
+
+
+@pytest.mark.full
+def test_a_process_that_dies_or_breaks_its_device_is_followed_by_one_that_ends_well(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROCESS.format(bench=str(BENCH)), *SHAPE, "--out", str(tmp_path)]
+    codes = [subprocess.run(command, capture_output=True, check=False).returncode for _ in range(3)]
+    assert codes == [-signal.SIGSEGV, 75, 0]
+    (result,) = json.loads((tmp_path / "layer.json").read_text())["results"]
+    assert result["seconds"].keys() == {"kvkern", "gemm"} and result["reasons"].keys() == {"dies", "breaks"}
+
+
+def test_the_commit_that_a_caller_names_goes_before_that_of_a_checkout(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = scripts["harness"]
+    monkeypatch.setattr(harness, "_first_line", lambda *command: "ours" if "rev-parse" in command else None)
+    monkeypatch.setenv("KVKERN_COMMIT", "named")
+    assert harness.machine(torch.device("cpu"))["commit"] == "named"
+    monkeypatch.delenv("KVKERN_COMMIT")
+    assert harness.machine(torch.device("cpu"))["commit"] == "ours"
 
 
 def test_a_file_of_another_machine_is_not_taken_up(scripts: Any, tmp_path: Path) -> None:
