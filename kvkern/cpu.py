@@ -196,11 +196,22 @@ def _block_sum_cpu(block: Tensor, start_word: int) -> int:
     return sum(_block_sum_cpu(part, start_word + i * words) for i, part in enumerate(block))
 
 
+def block_sums(blocks: Sequence[tuple[Tensor, int]]) -> list[int]:
+    """`block_sum` of each (block, start word); what lies on a GPU is read back at once, not block by block."""
+    if any(block.device.type == "cpu" for block, _ in blocks):
+        return [block_sum(block, start_word=start_word) for block, start_word in blocks]
+    sums = [_sum_where_it_lies(block, start_word) for block, start_word in blocks]
+    return [value % (1 << 64) for value in torch.stack(sums).tolist()] if sums else []
+
+
 def block_sum_torch(block: Tensor, *, start_word: int = 0) -> int:
     """`block_sum` in torch's int64, which wraps as the sum needs it, on the block's own device."""
+    return int(_sum_where_it_lies(block, start_word).item()) % (1 << 64)
+
+
+def _sum_where_it_lies(block: Tensor, start_word: int) -> Tensor:
     words = block.contiguous().flatten().view(torch.int64)
     # An index of 2**63 or more has the same 64 bits as a negative one.
     first = (start_word + (1 << 63)) % (1 << 64) - (1 << 63)
-    index = torch.arange(words.numel(), dtype=torch.int64, device=words.device) + first
-    factor = (index * (GOLDEN - (1 << 64))) | 1
-    return int((words * factor).sum().item()) % (1 << 64)
+    factor = torch.arange(words.numel(), dtype=torch.int64, device=words.device).add_(first)
+    return factor.mul_(GOLDEN - (1 << 64)).bitwise_or_(1).mul_(words).sum()

@@ -630,21 +630,29 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 def _tensor_sum(tensor: Tensor) -> tuple[int, bytes]:
     """The 64-bit sum of the values' words, computed where they lie, and the bytes of the last word that is not whole."""
-    total, tail = 0, b""
-    for n, part in enumerate(_parts(tensor)):
-        words = part.numel() // cpu.WORD
-        total += cpu.block_sum(part[: words * cpu.WORD], start_word=n * (COPY_BYTES // cpu.WORD))
-        tail = bytes(tensor_bytes(part[words * cpu.WORD :].cpu()))
-    return total % (1 << 64), tail
+    flat = _bytes_of(tensor)
+    whole = flat.numel() // cpu.WORD * cpu.WORD
+    step = _part_bytes(flat)
+    parts = [(flat[i : min(i + step, whole)], i // cpu.WORD) for i in range(0, whole, step)]
+    return sum(cpu.block_sums(parts)) % (1 << 64), bytes(tensor_bytes(flat[whole:].cpu()))
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The bytes of the values in order: on the CPU where they lie, of another device COPY_BYTES at a time, aligned to words."""
+    """The bytes of the values in order, so many at a time."""
+    flat = _bytes_of(tensor)
+    yield from flat.split(_part_bytes(flat))
+
+
+def _part_bytes(flat: Tensor) -> int:
+    """All at once on the CPU; elsewhere fewer, for a sum there, or a copy, takes as much memory again."""
+    return max(flat.numel(), cpu.WORD) if flat.device.type == "cpu" else COPY_BYTES
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of the values in order, where they lie if they lie so; on another device than the CPU aligned to words."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if flat.device.type == "cpu":
-        yield flat
-    else:
-        yield from (part.clone() for part in flat.split(COPY_BYTES))
+    aligned = flat.device.type == "cpu" or flat.storage_offset() % cpu.WORD == 0
+    return flat if aligned else flat.clone()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

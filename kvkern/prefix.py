@@ -194,7 +194,7 @@ class SharedPrefix:
 
     def block_sums(self) -> Tensor:
         """64-bit sums of every (layer, K/V, segment), computed where the block lies, as int64 [layers, 2, segments]."""
-        sums = [cpu.block_sum(view) for _, _, _, view in self.blocks()]
+        sums = cpu.block_sums([(view, 0) for _, _, _, view in self.blocks()])
         # Sums are unsigned; int64 holds the same 64 bits.
         signed = [s - (1 << 64) if s >= 1 << 63 else s for s in sums]
         return torch.tensor(signed, dtype=torch.int64).view(self.geometry.layers, 2, -1)

@@ -477,6 +477,15 @@ def test_the_sum_of_a_view_is_that_of_its_copy(rng: random.Random, dtype: torch.
         assert cpu.block_sum_torch(view) == by_hand
 
 
+def test_sums_of_several_blocks_are_those_of_each(rng: random.Random) -> None:
+    blocks = [(random_words(rng.randrange(1, 50)), rng.choice([0, 7, 2**63 - 3, 2**64 - 1])) for _ in range(20)]
+    each = [cpu.block_sum(words, start_word=start) for words, start in blocks]
+    assert cpu.block_sums(blocks) == each and cpu.block_sums([]) == []
+    # As they are read back from a GPU, in one tensor.
+    together = torch.stack([cpu._sum_where_it_lies(words, start) for words, start in blocks])
+    assert [value % WORDS for value in together.tolist()] == each
+
+
 def test_every_flipped_bit_and_every_swap_changes_the_sum(rng: random.Random) -> None:
     words = random_words(1000)
     whole = cpu.block_sum(words)

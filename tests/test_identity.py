@@ -554,8 +554,7 @@ def test_parts_of_a_tensor_have_the_sum_and_the_digest_of_the_whole(monkeypatch)
     whole = torch.randint(0, 256, (1003,), dtype=torch.uint8)
     reads = (module._tensor_sum, module._tensor_digest)
     expected = [read(whole) for read in reads]
-    monkeypatch.setattr(module, "_parts", lambda tensor: (part.clone() for part in tensor.split(64)))
-    monkeypatch.setattr(module, "COPY_BYTES", 64)
+    monkeypatch.setattr(module, "_part_bytes", lambda flat: 64)
     monkeypatch.setattr(module.cpu, "block_sum", module.cpu.block_sum_torch)
     assert [read(whole) for read in reads] == expected
 
