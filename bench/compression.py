@@ -17,14 +17,16 @@ published one bit by bit, in its 64-bit sums and in the SHA-256 of every block a
 and no number is kept. After each cell compression.json is written; a cell that it holds is skipped, none begins after --seconds.
 
 The rule: a form pays if it is smaller by 20 % or more and unpacks at more than 1 GB/s on one core, or faster than the disk. The
-disk is read in the same run: the .kv file in pieces of 4 MiB, after its pages were dropped (`cold`: true, false, or null where the file
-system does not tell). A form that is only faster than the disk pays where reading and unpacking overlap; `read_share` says what
-one after the other takes, of reading the plain bytes. GB are 10^9 bytes of KV before compression. Fields of a cell:
+disk is read in the same run: the .kv file in pieces of 4 MiB, after its pages were dropped (`cold`: true, false, or null where
+the file system does not tell; what a virtual machine's host keeps of it is not seen from within). A form that is only faster
+than the disk pays where reading and unpacking overlap; `read_share` says what one after the other takes, of reading the plain
+bytes. GB are 10^9 bytes of KV before compression. Fields of a cell:
 
     before, after      bytes of K and of V; after is a list, one number a layer
     seconds            compress_K, decompress_K, compress_V, decompress_V: samples over all layers
     disk               bytes, seconds (samples), cold
-    verdicts           of `all`, K and V: smaller, bytes_per_s, above_1_gb_per_s, above_disk, pays, read_share; from medians
+    verdicts           of `all`, K and V, from medians: smaller, bytes_per_s, above_1_gb_per_s, above_disk, pays, read_share; steady:
+                       whether the fastest and the slowest sample say the same of pays
 
 and beside the cells `answers`, one for each model, document and dtype.
 
@@ -230,7 +232,8 @@ def answer(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     def told(cell: dict[str, Any], part: str = "all") -> str:
         found = cell["verdicts"][part]
-        return f"{name(cell)} {100 * found['smaller']:.1f} % at {found['bytes_per_s'] / 1e9:.2f} GB/s"
+        doubt = "" if found["steady"] else " (not in every sample)"
+        return f"{name(cell)} {100 * found['smaller']:.1f} % at {found['bytes_per_s'] / 1e9:.2f} GB/s{doubt}"
 
     paying = {
         part: sorted(
@@ -248,7 +251,11 @@ def answer(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         f"{'cold' if all(cold) else 'not cold' if False in cold else 'cold not confirmed'}"
     )
     if paying["all"]:
-        text = f"{len(paying['all'])} of {len(cells)} pay: {', '.join(map(told, paying['all']))}; {needed}"
+        best = paying["all"][0]
+        text = (
+            f"{len(paying['all'])} of {len(cells)} pay: {', '.join(map(told, paying['all']))}; {needed}; "
+            f"to read {name(best)} and then unpack it takes {best['verdicts']['all']['read_share']:.2f}x of reading plain bytes"
+        )
     else:
         text = f"none of {len(cells)} pays; smallest {told(smallest)}; {needed}"
         alone = [f"{part} alone by {told(paying[part][0], part)}" for part in "KV" if paying[part]]
@@ -356,18 +363,20 @@ def measure(subject: Subject, form: str, codec: str, *, samples: int, part_s: fl
 
     before = {part: sum(words.nbytes for words in subject.planes[n]) for n, part in enumerate(parts)}
     after = {part: [len(frame) for frame in frames[part]] for part in parts}
-    taken = {part: statistics.median(seconds[f"decompress_{part}"]) for part in parts}
-    disk = disk_speed(subject.disk)
+
+    def judged(chosen: str) -> dict[str, Any]:
+        taken = [sum(pick(seconds[f"decompress_{part}"]) for part in chosen) for pick in (statistics.median, min, max)]
+        sizes = sum(before[part] for part in chosen), sum(sum(after[part]) for part in chosen)
+        found, *others = [verdict(*sizes, second, disk_speed(subject.disk)) for second in taken]
+        return found | {"steady": all(other["pays"] == found["pays"] for other in others)}
+
     return {
         "tokens": subject.tokens,
         "before": before,
         "after": after,
         "seconds": seconds,
         "disk": subject.disk,
-        "verdicts": {
-            "all": verdict(sum(before.values()), sum(map(sum, after.values())), sum(taken.values()), disk),
-            **{part: verdict(before[part], sum(after[part]), taken[part], disk) for part in parts},
-        },
+        "verdicts": {"all": judged("KV"), "K": judged("K"), "V": judged("V")},
         "versions": versions(),
     }
 
@@ -380,7 +389,7 @@ def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
         f"compression {shown(shape)} | {100 * whole['smaller']:5.1f} % smaller (K {100 * k['smaller']:.1f} %, "
         f"V {100 * v['smaller']:.1f} %), compress {before / packing / 1e9:.2f} GB/s, decompress "
         f"{whole['bytes_per_s'] / 1e9:.2f} GB/s (K {k['bytes_per_s'] / 1e9:.2f}, V {v['bytes_per_s'] / 1e9:.2f}) | "
-        f"pays: {'yes' if whole['pays'] else 'no'}"
+        f"pays: {'yes' if whole['pays'] else 'no'}{'' if whole['steady'] else ', not in every sample'}"
     )
 
 

@@ -664,7 +664,8 @@ def compression_table(path: Path) -> list[str]:
             f"{sum(result['before'].values()) / packing / 1e9:.2f} GB/s",
             f"{verdicts['all']['bytes_per_s'] / 1e9:.2f} GB/s",
             f"{disk['bytes'] / statistics.median(disk['seconds']) / 1e9:.2f} GB/s{cold}",
-            "yes" if verdicts["all"]["pays"] else "no",
+            ("yes" if verdicts["all"]["pays"] else "no")
+            + ("" if verdicts["all"]["steady"] else ", not in every sample"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     for found in file.get("answers", ()):

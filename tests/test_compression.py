@@ -177,6 +177,24 @@ def test_control_a_form_that_loses_one_bit_has_no_number(
         compression.measure(subject, form, "lz4", samples=1, part_s=0)
 
 
+@pytest.mark.parametrize(
+    ("times", "pays", "steady"), [((16, 16, 16), True, True), ((15, 16, 20), True, False), ((15, 20, 20), False, False)]
+)
+def test_a_form_that_pays_in_some_samples_alone_says_so(
+    compression: Any, subject: Any, monkeypatch: pytest.MonkeyPatch, times: tuple[int, ...], pays: bool, steady: bool
+) -> None:
+    """A clock that runs as it is told: K, of 16,640 bytes, is packed three times, then unpacked as often, and so is V."""
+    subject.disk = {"bytes": 1, "seconds": [1e-12], "cold": True}
+    monkeypatch.setitem(compression.CODECS, "lz4", compression.Codec(lambda data: b"", lambda frame, size: bytes(size)))
+    monkeypatch.setattr(compression, "differing", lambda _: {})
+    ticks = [0.0]
+    for second in [1.0, 1.0, 1.0, *(n * 1e-6 for n in times)] * 2:
+        ticks += [ticks[-1] + second, ticks[-1] + second]
+    monkeypatch.setattr(compression, "time", SimpleNamespace(perf_counter=iter(ticks[:-1]).__next__))
+    found = compression.measure(subject, "plain", "lz4", samples=3, part_s=10)["verdicts"]["all"]
+    assert (found["pays"], found["steady"]) == (pays, steady)
+
+
 def test_too_few_bytes_have_no_number(compression: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, compression, lambda data: data[:-1])
     with pytest.raises(SystemExit, match=r"wrong result: 8319 bytes, needed 8320"):
@@ -215,10 +233,11 @@ def test_a_form_pays_by_20_percent_and_1_gb_a_second_or_the_disks_speed(
 def cell(compression: Any, form: str, after: tuple[int, int], seconds: tuple[float, float] = (5e-8, 5e-8)) -> Any:
     """Of 100 bytes of K and as many of V, on a disk of 2 GB/s."""
     k, v = (compression.verdict(100, n, s, 2e9) for n, s in zip(after, seconds, strict=True))
+    verdicts = {"all": compression.verdict(200, sum(after), sum(seconds), 2e9), "K": k, "V": v}
     return {
         "shape": {"form": form, "codec": "lz4"},
         "disk": {"bytes": 200, "seconds": [1e-7], "cold": True},
-        "verdicts": {"all": compression.verdict(200, sum(after), sum(seconds), 2e9), "K": k, "V": v},
+        "verdicts": {part: found | {"steady": True} for part, found in verdicts.items()},
     }
 
 
@@ -237,7 +256,9 @@ def test_the_answer_names_what_pays_the_smallest_first(compression: Any) -> None
     assert found["text"].startswith(
         "2 of 3 pay: xor/lz4 35.0 % at 2.00 GB/s, plain/lz4 21.0 % at 2.00 GB/s; needed 20 %"
     )
-    assert found["text"].endswith("the disk's 2.00 GB/s, cold")
+    assert "the disk's 2.00 GB/s, cold; to read xor/lz4 and then unpack it takes 1.65x of reading" in found["text"]
+    cells[0]["verdicts"]["all"]["steady"] = False
+    assert "plain/lz4 21.0 % at 2.00 GB/s (not in every sample);" in compression.answer(cells)["text"]
 
 
 def test_the_answer_says_that_nothing_pays_and_where_a_part_does(compression: Any) -> None:
