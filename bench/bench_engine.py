@@ -1,11 +1,12 @@
 """An engine on a random model of Qwen3-4B's shape: B agents over one document, by token ids; decode, prefill and memory.
 
-    python bench/bench_engine.py [--tiny] [--fuse] [--no-invariant] [--device cuda] [--seconds 120] [--out bench/results/NAME]
+    python bench/bench_engine.py [--tiny] [--fuse] [--graphs] [--no-invariant] [--device cuda] [--seconds 120] [--out bench/results/NAME]
 
 After each cell engine.json is written; a cell that it holds is skipped, so a run can be cut off and taken up again. No cell
 begins after --seconds. A cell that fails is kept with the reason, and run again next time. Weights are random, hence answers
 mean nothing and none ends early; before any time, first tokens of questions to a short document are compared with those of
-the same model under torch's attention, without document or pages: where they are others, the script ends.
+the same model under torch's attention, without document or pages: where they are others, the script ends; so it does where
+--graphs gives other answers than none. The shape of a cell without graphs does not name them, as before there were any.
 
 Fields: shape, backend, agents, document, decode_tokens_per_s (the median step of one token for each agent), seconds.decode
 (every such step), prefill_s (publishing the document, the second of two times), extend_s (all questions,
@@ -75,6 +76,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--documents", type=int, nargs="+", default=None, help="these document lengths alone, in tokens"
     )
     parser.add_argument("--fuse", action="store_true", help="Engine(fused=True): norm and RoPE within K0")
+    parser.add_argument("--graphs", action="store_true", help="Engine(graphs=True): decode steps from CUDA graphs")
     parser.add_argument("--no-invariant", dest="invariant", action="store_false", help="forwards of free shapes")
     parser.add_argument("--seconds", type=float, default=120.0, help="no cell begins after these")
 
@@ -107,13 +109,24 @@ def draw(count: int, vocab_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def check(model: Any, tokenizer: Any, backend: str | None, *, invariant: bool, fused: bool) -> None:
-    """Raise WrongResult where a first token is not, up to rounding, what the model says under torch's attention."""
+def check(
+    model: Any, tokenizer: Any, backend: str | None, *, invariant: bool, fused: bool, graphs: bool = False
+) -> None:
+    """Raise WrongResult where a first token is not, up to rounding, what the model says under torch's attention, or where an
+    answer is another with graphs."""
     size = model.config.vocab_size
     ids, questions = draw(200, size), [draw(QUESTION + n, size) for n in range(3)]
     with kvkern.publish(model, None, ids) as document:
-        engine = kvkern.Engine(model, tokenizer, max_agents=4, invariant=invariant, backend=backend, fused=fused)
+        options: dict[str, Any] = dict(max_agents=4, invariant=invariant, backend=backend, fused=fused)
+        engine = kvkern.Engine(model, tokenizer, **options)
         answers = list(engine.ask(document, questions, ordered=True, max_new_tokens=1, do_sample=False))
+        if graphs:
+            plain, replayed = (
+                [answer.token_ids for answer in one.ask(document, questions, ordered=True, max_new_tokens=8)]
+                for one in (engine, kvkern.Engine(model, tokenizer, **options, graphs=True))
+            )
+            if plain != replayed:
+                raise WrongResult("wrong result: other tokens with graphs than without; no time is reported")
     model.set_attn_implementation("sdpa")
     try:
         for question, answer in zip(questions, answers, strict=True):
@@ -136,8 +149,10 @@ def published(bench: Bench, model: Any, tokens: int) -> tuple[kvkern.Document, f
     return made[0], seconds
 
 
-def measure(bench: Bench, model: Any, tokenizer: Any, document: kvkern.Document, agents: int) -> dict[str, Any]:
-    """Extend all questions, then time steps of one token for each agent."""
+def measure(
+    bench: Bench, model: Any, tokenizer: Any, document: kvkern.Document, agents: int, *, graphs: bool = False
+) -> dict[str, Any]:
+    """Extend all questions, then time steps of one token for each agent; with graphs, those that are replays alone."""
     chosen, device, cuda = bench.options, bench.device, bench.device.type == "cuda"
     geometry, size = model_geometry(model), model.config.vocab_size
     most = min(QUESTION * agents, 8192)
@@ -162,6 +177,7 @@ def measure(bench: Bench, model: Any, tokenizer: Any, document: kvkern.Document,
         invariant=chosen.invariant,
         backend=chosen.backend,
         fused=chosen.fuse,
+        graphs=graphs,
     )
     requests = [
         engine.submit(document, draw(QUESTION, size), index=i, max_new_tokens=new_tokens, do_sample=False)
@@ -170,7 +186,8 @@ def measure(bench: Bench, model: Any, tokenizer: Any, document: kvkern.Document,
     extend = 0.0
     while not all(request.new_tokens for request in requests):
         extend += bench.once(engine.step)
-    bench.once(engine.step)
+    for _ in range(3 if graphs else 1):
+        bench.once(engine.step)
     steps = []
     for _ in range(chosen.samples):
         before = sum(len(request.new_tokens) for request in requests)
@@ -178,6 +195,8 @@ def measure(bench: Bench, model: Any, tokenizer: Any, document: kvkern.Document,
         made = sum(len(request.new_tokens) for request in requests) - before
         if made != agents:
             raise RuntimeError(f"a step made {made} tokens for {agents} agents")
+    if graphs and not engine.describe()["graphs"]:
+        raise RuntimeError(f"no graphs: {engine.describe()['graphs_why']}")
     for request in requests:
         engine.cancel(request)
     return {
@@ -216,13 +235,15 @@ def main() -> None:
         documents = chosen.documents or list(dict.fromkeys(p for _, p in cells))
         cells = [(b, p) for p in documents for b in chosen.agents or dict.fromkeys(b for b, _ in cells)]
     settings = {name: getattr(chosen, name) for name in ("fuse", "invariant", "backend")}
+    # Cells that were measured before there were graphs stay what they are.
+    settings |= {"graphs": True} if chosen.graphs else {}
     shapes = {cell: {"B": cell[0], "P": cell[1], "model": "tiny" if tiny else "qwen3-4b", **settings} for cell in cells}
     left = [cell for cell in cells if not bench.has(shapes[cell])]
     if not left:
         return
     model = random_model(SMALL if tiny else QWEN3_4B, bench.device)
     tokenizer = words(model.config.vocab_size)
-    check(model, tokenizer, chosen.backend, invariant=chosen.invariant, fused=chosen.fuse)
+    check(model, tokenizer, chosen.backend, invariant=chosen.invariant, fused=chosen.fuse, graphs=chosen.graphs)
     document: kvkern.Document | None = None
     prefill = 0.0
     for cell in left:
@@ -238,7 +259,7 @@ def main() -> None:
                         document = None
                     document, prefill = published(bench, model, tokens)
             assert document is not None
-            found = measure(bench, model, tokenizer, document, agents)
+            found = measure(bench, model, tokenizer, document, agents, graphs=chosen.graphs)
         except FAILURES as error:
             bench.fail(shapes[cell], error)
         else:

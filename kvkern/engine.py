@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from kvkern import cost, qwen3
 from kvkern.backends import choose
 from kvkern.errors import CapacityError, KvkernError, RequestError, UnsupportedError
 from kvkern.geometry import PAGE
+from kvkern.graphs import Graphs, PlanForward, capture_on
 from kvkern.identity import model_geometry, tokenizer_digest
 from kvkern.linear import Rounding, measure
 from kvkern.pages import PagePool
@@ -100,11 +102,14 @@ class Engine:
     backend            "triton", "cpu" or "torch"; by default the device decides
     fused              True: steps take the way of `kvkern.qwen3.fuse`, norms and RoPE in the project's kernels; False: the model's
                        own forward; None: True on the cpu backend for a Qwen3 or Llama, elsewhere where `fuse(model)` is in force
+    graphs             replay decode steps from CUDA graphs, from the second one of an unchanged set of agents on. No GPU has run
+                       this yet, hence it is off by default. A replay runs no Python of the model: hooks, and weights or modules
+                       put in place of others, are seen when the set changes. It takes memory for one step's activations
     debug              poison freed pages
 
     What fused changes in the model only this engine's steps see, and it is taken back when the engine is collected.
     Raises UnsupportedError or DeviceError for a model or tokenizer that the kernels cannot serve, CapacityError for a budget
-    that holds no page, RequestError for a limit below 1.
+    that holds no page, RequestError for a limit below 1, DeviceError or BackendError for graphs without CUDA or triton.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Engine:
         invariant: bool = True,
         backend: str | None = None,
         fused: bool | None = None,
+        graphs: bool = False,
         debug: bool = False,
     ) -> None:
         self.device = qwen3.check_model(model)
@@ -130,6 +136,7 @@ class Engine:
                 raise RequestError(name, found=value, needed="at least 1", do=f"give a larger {name}")
         self.geometry = model_geometry(model)
         self.backend = choose(backend, self.device)
+        self.graphs = Graphs(model, capture_on(self.device, self.backend.name) if graphs else None)
         page_bytes = PAGE * self.geometry.token_bytes()
         most = max_agents * -(-qwen3.max_positions(model) // PAGE)
         num_pages = min(memory_bytes // page_bytes, most)
@@ -161,7 +168,7 @@ class Engine:
         )
         self.steps = 0
         self._requests: dict[Suffix, Request] = {}
-        self._plans: dict[tuple[AgentRows, ...], Plan] = {}
+        self._plans: dict[tuple[AgentRows, ...], PlanForward] = {}
         # Any 4-D mask is handed on as it is, so transformers builds none and asks the device nothing.
         self._mask = torch.empty((1, 1, 1, 1), device=self.device)
 
@@ -359,8 +366,8 @@ class Engine:
             for group in self._groups(step):
                 agents = tuple(_agent(suffix, rows) for suffix, rows in group)
                 # Only the plans of this step are kept, since a plan keeps the blocks of its prefixes.
-                plan = self._plans[agents] = plans.get(agents) or self._plan(agents)
-                self._forward(group, plan)
+                planned = self._plans[agents] = plans.get(agents) or self._plan(agents)
+                self._forward(group, planned)
         except BaseException as error:
             # How far the step came is uncertain, and preemption changes no bit.
             while self.scheduler.running:
@@ -389,8 +396,9 @@ class Engine:
             yield group
 
     @torch.no_grad()
-    def _forward(self, group: Step, plan: Plan) -> None:
+    def _forward(self, group: Step, planned: PlanForward) -> None:
         """Run the model on these rows, then choose tokens for the sequences that are complete."""
+        plan = planned.plan
         plan.begin()
         ids, positions = [0] * plan.rows, [0] * plan.rows
         for n, i in enumerate(plan.order):
@@ -404,22 +412,19 @@ class Engine:
         wanted = [plan.last_rows[i] for i in ready] or [0]
         if self.rounding is not None:
             wanted += [wanted[0]] * (self.rounding.head.rows_for(len(wanted)) - len(wanted))
-        logits = self.model(
-            torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            attention_mask=self._mask,
-            past_key_values=qwen3.StepCache(plan, backend=self.backend.name, fused=self.fused),
-            use_cache=True,
-            logits_to_keep=torch.tensor(wanted, device=self.device),
-        ).logits[0]
+        inputs = [torch.tensor(values, device=self.device) for values in ([ids], [positions], wanted)]
+        decode = all(rows == suffix.remaining == 1 for suffix, rows in group)
+        logits = self.graphs.run(planned, inputs, decode=decode)
         self.scheduler.commit(group)
         if ready:
             self._choose([self._requests[group[i][0]] for i in ready], logits[: len(ready)])
 
-    def _plan(self, agents: tuple[AgentRows, ...]) -> Plan:
+    def _plan(self, agents: tuple[AgentRows, ...]) -> PlanForward:
         rows = sum(agent.rows for agent in agents)
         bucket = self.rounding.layers.rows_for(rows) if self.rounding is not None else rows
-        return Plan.make(self.pool, agents, bucket=bucket)
+        plan = Plan.make(self.pool, agents, bucket=bucket)
+        # Without the engine, which must not hold itself.
+        return PlanForward(plan, partial(_logits, self.model, plan, self._mask, self.backend.name, self.fused))
 
     def _choose(self, requests: list[Request], logits: Tensor) -> None:
         history = [r.seen if r.seen is None else torch.cat([r.seen, torch.tensor(r.suffix.tokens)]) for r in requests]
@@ -507,7 +512,7 @@ class Engine:
         check_document(document, self.model, tokenizer_digest=self._tokenizer_digest)
 
     def describe(self) -> dict[str, Any]:
-        """What the engine has to work with: agents, pages, bytes, backend, fused steps and rounding class."""
+        """What the engine has to work with: agents, pages, bytes, backend, fused steps, graphs and rounding class."""
         return {
             "max_agents": self.scheduler.max_agents,
             "pages": self.pool.num_pages,
@@ -518,8 +523,32 @@ class Engine:
             "backend_why": self.backend.why,
             "fused": self.fused,
             "fused_why": self.fused_why,
+            "graphs": self.graphs.capture is not None,
+            "graphs_why": self.graphs.why,
             "rounding": self.rounding.describe() if self.rounding is not None else "not measured (invariant=False)",
         }
+
+
+def _logits(
+    model: Any,
+    plan: Plan,
+    mask: Tensor,
+    backend: str,
+    fused: bool | None,
+    ids: Tensor,
+    positions: Tensor,
+    wanted: Tensor,
+) -> Tensor:
+    """`kvkern.graphs.Forward` of a plan's rows, once it is given the first five."""
+    logits: Tensor = model(
+        ids,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=qwen3.StepCache(plan, backend=backend, fused=fused),
+        use_cache=True,
+        logits_to_keep=wanted,
+    ).logits
+    return logits[0]
 
 
 def _give_back(prefix: SharedPrefix) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits, bits, fresh_memory_is_nan
+from models import QUESTIONS, TEXT, tiny_model, tiny_tokenizer
+from test_graphs import StandIn
 from triton_interpreter import INTERPRETING, interpreted, repair
 
 import kvkern
@@ -362,6 +364,31 @@ def apart(call: str, *before: str, timeout_s: int) -> subprocess.CompletedProces
     )
 
 
+# -- an engine with graphs ---------------------------------------------------------------------------------------------
+
+
+def check_graphs(device: str) -> None:
+    """Five agents, 30 steps and more; three of them end before, which takes other plans and other graphs."""
+    model, tokenizer = tiny_model(head_dim=64, dtype=torch.bfloat16).to(device), tiny_tokenizer()
+    found, replayed = [], []
+    with kvkern.publish(model, tokenizer, TEXT) as document:
+        for graphs in (False, True):
+            engine = kvkern.Engine(model, tokenizer, memory_bytes=4 << 20, graphs=graphs)
+            requests = [
+                engine.submit(document, question, max_new_tokens=new, eos_token_id=[])
+                for question, new in zip(QUESTIONS[:5], (32, 9, 32, 17, 24), strict=True)
+            ]
+            while engine.scheduler.unfinished:
+                engine.step()
+                replayed.append(any(planned.graph is not None for planned in engine._plans.values()))
+            found.append([request.answer.token_ids for request in requests if request.answer is not None])
+            assert engine.describe()["graphs"] is graphs, engine.describe()["graphs_why"]
+            if not graphs:
+                assert not any(replayed)
+    assert len(replayed) >= 60 and sum(replayed) > 20
+    assert found[0] == found[1] and [len(tokens) for tokens in found[0]] == [32, 9, 32, 17, 24]
+
+
 # -- on the device -----------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -473,6 +500,12 @@ def test_the_hopper_kernel_has_the_bits_of_the_plain_one(dtype: torch.dtype, G: 
 
 @pytest.mark.gpu
 @needs_gpu
+def test_an_engine_with_graphs_says_the_same_on_the_gpu() -> None:
+    check_graphs("cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer in PATH or /usr/local/cuda/bin")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "a planted mistake"])
 def test_the_sanitizer_finds_nothing_but_a_planted_mistake(tool: str) -> None:
@@ -527,6 +560,18 @@ def test_these_checks_hold_for_the_backends_of_this_machine(backend: str) -> Non
     check_fused_append("cpu", backend, torch.bfloat16, 3, 64)
     check_merge("cpu", backend)
     tiny_step("cpu", backend)
+
+
+def test_the_check_of_graphs_holds_for_a_stand_in_and_catches_one_that_is_not_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in = StandIn()
+    monkeypatch.setattr("kvkern.engine.capture_on", lambda *_: stand_in)
+    check_graphs("cpu")
+    assert len(stand_in.replays) > 2
+    monkeypatch.setattr("kvkern.engine.capture_on", lambda *_: lambda call: (call(), lambda: None))
+    with pytest.raises(AssertionError):
+        check_graphs("cpu")
 
 
 @pytest.mark.full

@@ -34,7 +34,7 @@ LAYERS = (
     ("backends", "linear"),
     ("attention",),
     ("qwen3", "store"),
-    ("publish", "sampling", "scheduler", "cost"),
+    ("publish", "sampling", "scheduler", "graphs", "cost"),
     ("generate", "engine"),
     (
         *("scratch", "opening", "console", "describe", "pricing", "answers", "demo_model", "ledger", "attach", "demo"),
