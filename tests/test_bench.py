@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -927,6 +928,78 @@ def test_control_an_engine_with_another_attention_has_no_time(
     monkeypatch.setattr(qwen3, "shared_prefix_attention", lambda *args, **options: -right(*args, **options))
     ran = Ran(scripts["bench_engine"], tmp_path, *ENGINE)
     assert "wrong result" in str(ran.refused) and ran.text is None
+
+
+# -- one call on a machine with a GPU -----------------------------------------------------------------------------------
+
+PYTHON3 = """#!/bin/bash
+echo "${KVKERN_COMMIT:-} $*" >>"$STAND_IN/calls"
+case "$*" in
+  *bench_layer.py*) read -r status <"$STAND_IN/layer"; sed -i 1d "$STAND_IN/layer"; exit "${status:-0}" ;;
+  *"not sanitizer"*) cat "$STAND_IN/tests"; [[ ! -s $STAND_IN/tests ]] ;;
+esac
+"""
+STEPS = [
+    "setup.py",
+    "- cuda",
+    "not sanitizer",
+    "bench_layer",
+    "forms",
+    "bench_document",
+    "bench_engine",
+    "bench_prefix",
+]
+STEPS += ["kvkern.checks", "-k sanitizer"]
+
+
+class GpuRun:
+    """bench/gpu_run.sh with stand-ins for python3 and nvidia-smi: what it called, in order."""
+
+    def __init__(self, folder: Path, *, layer: str = "", tests: str = "", limit: int = 580) -> None:
+        folder.mkdir()
+        for name, text in (("python3", PYTHON3), ("nvidia-smi", "#!/bin/bash\necho a card\n")):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        (folder / "layer").write_text("".join(f"{status}\n" for status in layer.split()))
+        (folder / "tests").write_text(tests)
+        env = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "STAND_IN": str(folder)}
+        env |= {"OUT": str(folder / "out"), "LIMIT": str(limit), "DEVICE": "cuda", "KVKERN_COMMIT": "named"}
+        done = subprocess.run(
+            ["bash", str(BENCH / "gpu_run.sh")], env=env, capture_output=True, text=True, check=False, timeout=60
+        )
+        self.status, self.told = done.returncode, done.stdout + done.stderr
+        calls = [line for line in (folder / "calls").read_text().splitlines() if "import xdist" not in line]
+        assert all(call.startswith("named ") for call in calls)
+        self.steps = [next(step for step in STEPS if step in call) for call in calls]
+
+
+def test_a_run_on_a_gpu_begins_each_step_in_order_and_layer_until_it_is_through(tmp_path: Path) -> None:
+    plain = GpuRun(tmp_path / "plain")
+    assert plain.status == 0 and plain.steps == STEPS, plain.told
+    again = GpuRun(tmp_path / "again", layer="75 75")
+    assert again.status == 0 and again.steps == STEPS[:3] + ["bench_layer"] * 3 + STEPS[4:]
+    died = GpuRun(tmp_path / "died", layer="139 0")
+    assert died.status == 1 and died.steps.count("bench_layer") == 2
+    for status in (1, 137):
+        assert GpuRun(tmp_path / str(status), layer=f"{status} 0").steps == STEPS
+    assert GpuRun(tmp_path / "for ever", layer="75 " * 20).steps.count("bench_layer") == 12
+
+
+def test_a_failure_of_what_is_promised_ends_a_run_on_a_gpu_and_one_beside_it_does_not(tmp_path: Path) -> None:
+    beside = "[gw0] [ 5%] FAILED tests/test_gpu.py::test_the_hopper_kernel[4]\nFAILED tests/test_store.py::test_a_round_trip\n"
+    run = GpuRun(tmp_path / "beside", tests=beside)
+    assert run.status == 1 and run.steps == STEPS
+    exact = beside + "FAILED tests/test_gpu.py::test_rows[1] - AssertionError: hopper\n"
+    for n, text in enumerate((exact, "ERROR: not found\n")):
+        run = GpuRun(tmp_path / str(n), tests=text)
+        assert run.status == 1 and run.steps == STEPS[:3] and "no benchmark" in run.told
+
+
+def test_a_step_of_a_short_loan_that_could_give_nothing_is_not_begun(tmp_path: Path) -> None:
+    run = GpuRun(tmp_path / "short", limit=40)
+    left_out = ("not sanitizer", "bench_layer", "bench_document", "bench_engine")
+    assert run.steps == [step for step in STEPS if step not in left_out]
+    assert run.status == 0 and run.told.count(" not begun") == len(left_out)
 
 
 # -- as they are called ------------------------------------------------------------------------------------------------
