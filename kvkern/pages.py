@@ -47,7 +47,7 @@ class PagePool:
                 raise CapacityError(name, found=value, needed="at least 1", do="give the pool more memory")
         self.geometry = geometry
         # As tensors name it: "cuda" is the current one, of a number.
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.zeros(0, device=device).device
         self.num_pages = num_pages
         self.slots = slots
         self.max_pages_per_slot = min(max_pages_per_slot or num_pages, num_pages)

@@ -52,7 +52,7 @@ class SharedPrefix:
             )
         self.geometry = geometry
         # As tensors name it: "cuda" is the current one, of a number.
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.zeros(0, device=device).device
         self.parent = parent
         self._token_ids = token_ids.detach().to("cpu", torch.int64, copy=True)
         self.tokens = int(token_ids.numel())
