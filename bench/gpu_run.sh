@@ -129,7 +129,13 @@ if [[ $DEVICE == cpu ]]; then document=(--tiny --lengths 100); fi
 if grep -q -e "${document[0]}" bench/bench_document.py; then
   bench document 71 40 --seconds "$(($(left 71) - 15))" "${document[@]}"
 fi
-bench engine 80 35 --seconds "$(($(left 80) - 10))" "${small[@]}"
+# What replays decode steps runs no Python of the model, so first with graphs, then a few cells without.
+if [[ $DEVICE != cpu ]]; then
+  bench engine 78 35 --fuse --graphs --agents 64 1024 1 --seconds "$(($(left 78) - 10))"
+  bench engine 82 30 --fuse --agents 64 --documents 3774 --seconds "$(($(left 82) - 5))"
+else
+  bench engine 80 35 --seconds "$(($(left 80) - 10))" "${small[@]}"
+fi
 bench prefix 84 10
 checks=(python3 -m pytest -q -p no:cacheprovider -p kvkern.checks.options --pyargs kvkern.checks "--device=$DEVICE")
 step checks 89 10 "${checks[@]}"
