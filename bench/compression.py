@@ -23,7 +23,9 @@ than the disk pays where reading and unpacking overlap; `read_share` says what o
 bytes. GB are 10^9 bytes of KV before compression. Fields of a cell:
 
     before, after      bytes of K and of V; after is a list, one number a layer
-    seconds            compress_K, decompress_K, compress_V, decompress_V: samples over all layers
+    seconds            compress_K, decompress_K, compress_V, decompress_V: samples over all layers, of wall clock
+    core_seconds       the same samples in time that the core worked for it: one thread does all of it, so that is what it takes on a
+                       core of its own, whatever else runs beside it. Speeds and verdicts are of these
     disk               bytes, seconds (samples), cold
     verdicts           of `all`, K and V, from medians: smaller, bytes_per_s, above_1_gb_per_s, above_disk, pays, read_share; steady:
                        whether the fastest and the slowest sample say the same of pays
@@ -334,14 +336,17 @@ def differing(subject: Subject) -> dict[str, int]:
 def measure(subject: Subject, form: str, codec: str, *, samples: int, part_s: float) -> dict[str, Any]:
     """One cell. Raises WrongResult where what is unpacked is not what was packed."""
     parts, layers = "KV", range(subject.geometry.layers)
-    seconds: dict[str, list[float]] = {f"{what}_{part}": [] for what in ("compress", "decompress") for part in parts}
+    names = [f"{what}_{part}" for what in ("compress", "decompress") for part in parts]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    core_seconds: dict[str, list[float]] = {name: [] for name in names}
     frames: dict[str, list[bytes]] = {}
 
     def repeated(name: str, once: Callable[[], None]) -> None:
         taken = seconds[name]
         while not taken or (len(taken) < samples and sum(taken) < part_s):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.thread_time()
             once()
+            core_seconds[name].append(time.thread_time() - worked)
             taken.append(time.perf_counter() - began)
 
     subject.poison()
@@ -365,7 +370,9 @@ def measure(subject: Subject, form: str, codec: str, *, samples: int, part_s: fl
     after = {part: [len(frame) for frame in frames[part]] for part in parts}
 
     def judged(chosen: str) -> dict[str, Any]:
-        taken = [sum(pick(seconds[f"decompress_{part}"]) for part in chosen) for pick in (statistics.median, min, max)]
+        taken = [
+            sum(pick(core_seconds[f"decompress_{part}"]) for part in chosen) for pick in (statistics.median, min, max)
+        ]
         sizes = sum(before[part] for part in chosen), sum(sum(after[part]) for part in chosen)
         found, *others = [verdict(*sizes, second, disk_speed(subject.disk)) for second in taken]
         return found | {"steady": all(other["pays"] == found["pays"] for other in others)}
@@ -375,6 +382,7 @@ def measure(subject: Subject, form: str, codec: str, *, samples: int, part_s: fl
         "before": before,
         "after": after,
         "seconds": seconds,
+        "core_seconds": core_seconds,
         "disk": subject.disk,
         "verdicts": {"all": judged("KV"), "K": judged("K"), "V": judged("V")},
         "versions": versions(),
@@ -384,7 +392,7 @@ def measure(subject: Subject, form: str, codec: str, *, samples: int, part_s: fl
 def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
     verdicts, before = found["verdicts"], sum(found["before"].values())
     whole, k, v = (verdicts[part] for part in ("all", "K", "V"))
-    packing = sum(statistics.median(found["seconds"][f"compress_{part}"]) for part in "KV")
+    packing = sum(statistics.median(found["core_seconds"][f"compress_{part}"]) for part in "KV")
     return (
         f"compression {shown(shape)} | {100 * whole['smaller']:5.1f} % smaller (K {100 * k['smaller']:.1f} %, "
         f"V {100 * v['smaller']:.1f} %), compress {before / packing / 1e9:.2f} GB/s, decompress "
