@@ -609,8 +609,8 @@ def engine_table(path: Path) -> list[str]:
         "each agent, medians, in brackets the spread. Rows of a forward: the largest bucket of the measured rounding class. File: "
         f"`{path.relative_to(ROOT)}`.",
         "",
-        "| model | fused | agents | document | step | tokens/s | prefill | rows of a forward | peak | forecast |",
-        "|---" * 10 + "|",
+        "| model | fused | graphs | agents | document | step | tokens/s | prefill | rows of a forward | peak | forecast |",
+        "|---" * 11 + "|",
     ]
     for result in sorted(file["results"], key=lambda r: (r["document"], r["agents"])):
         steps, rounding = result["seconds"]["decode"], result["rounding"]
@@ -620,6 +620,7 @@ def engine_table(path: Path) -> list[str]:
         cells = [
             result["shape"]["model"],
             "yes" if result["shape"]["fuse"] else "no",
+            "yes" if result["shape"].get("graphs") else "no",
             f"{result['agents']:,}",
             f"{result['document']:,}",
             f"{step * 1e3:.1f} ms ({100 * (max(steps) - min(steps)) / step:.0f} %)",

@@ -212,16 +212,20 @@ def test_streams_and_captured_launches_have_counters_of_their_own(monkeypatch: p
 
     gpu: Any = Device()
     capturing = True
-    assert counters.get(gpu, 1) is None
+    first = counters.get(gpu, 1)  # before any other launch
     capturing = False
     one, again = counters.get(gpu, 7), counters.get(gpu, 256)
     assert one is again
     stream = 2
     two = counters.get(gpu, 7)
     capturing = True
-    three, four = counters.get(gpu, 300), counters.get(gpu, 300)
-    taken = places(one, two, three, four)
-    assert sum(map(len, taken)) == len(set().union(*taken)) == 2 * 256 + 2 * 300
+    three, four = counters.get(gpu, 300), counters.get(gpu, 3000)
+    assert [len(part) for part in (first, three, four)] == [1, 300, 3000]
+    memory = [part.untyped_storage().data_ptr() for part in (first, three, four, one)]
+    assert len(set(memory)) == 4 and memory[-1] == two.untyped_storage().data_ptr()
+    capturing = False
+    taken = places(one, two)
+    assert sum(map(len, taken)) == len(set().union(*taken)) == 2 * 256
     assert counters.get(gpu, 2048) is None
     assert counters.get(cpu, 1).shape == (256,)
 

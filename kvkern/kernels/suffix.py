@@ -330,8 +330,8 @@ def suffix_kernel(
 class _Counters:
     """Zeros that every launch leaves as zeros, so that none has to fill them.
 
-    Each stream has its own, since launches of two streams may run at once; so has each launch that a graph captures, since
-    graphs are replayed on any stream. They are filled once per device, before any capture.
+    Each stream has its own, since launches of two streams may run at once. A launch that a graph captures has some in the
+    graph's memory, filled by each replay: they go when the graph goes.
     """
 
     def __init__(self) -> None:
@@ -342,29 +342,26 @@ class _Counters:
 
     def get(self, device: torch.device, count: int) -> Tensor | None:
         """`count` counters for a launch on the current stream, or None where there are no more."""
-        stream, capturing = 0, False
+        stream = 0
         if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return torch.zeros(count, dtype=torch.int32, device=device)
             stream = torch.cuda.current_stream(device).cuda_stream
-            capturing = torch.cuda.is_current_stream_capturing()
         with self.lock:
-            mine = None if capturing else self.of_stream.get((device, stream))
+            mine = self.of_stream.get((device, stream))
             if mine is not None and mine.shape[0] >= count:
                 return mine
             if device not in self.zeros:
-                if capturing:
-                    return None
                 self.zeros[device], self.taken[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device), 0
                 if device.type == "cuda":
                     # Other streams will use them too.
                     torch.cuda.current_stream(device).synchronize()
-            size = count if capturing else next_power_of_2(max(count, 256))
+            size = next_power_of_2(max(count, 256))
             begin = self.taken[device]
             if begin + size > COUNTERS:
                 return None
             self.taken[device] += size
-            counters = self.zeros[device][begin : begin + size]
-            if not capturing:
-                self.of_stream[device, stream] = counters
+            counters = self.of_stream[device, stream] = self.zeros[device][begin : begin + size]
             return counters
 
 
