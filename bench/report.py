@@ -645,7 +645,8 @@ def compression_table(path: Path) -> list[str]:
     facts = file["machine"]
     lines = [
         f"How far the KV of a document compresses without loss, bit by bit verified; time that one core of {facts['cpu']} "
-        "worked, GB are 10^9 bytes of KV before compression, medians. A form pays if it is smaller by 20 % or more and is decompressed at more than 1 GB/s, or "
+        "worked, GB are 10^9 bytes of KV before compression, medians. A form pays if it is smaller by 20 % or more and is "
+        "decompressed at more than 1 GB/s, or "
         f"faster than the disk in the same run. File: `{path.relative_to(ROOT)}`.",
         "",
         "| model | tokens | dtype | form | codec | smaller | K | V | compress | decompress | disk | pays |",
