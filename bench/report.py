@@ -528,6 +528,52 @@ def document_table(path: Path) -> list[str]:
     return lines
 
 
+# -- exactness at scale ------------------------------------------------------------------------------------------------
+
+
+def exactness_table(path: Path) -> list[str]:
+    """Tokens of answers over a document's KV beside those from scratch, by way; and logits in bf16."""
+    file = json.loads(path.read_text())
+    facts = file["machine"]
+    where = facts.get("gpu") or f"{facts['threads']} threads of {facts['cpu']}"
+    lines = [
+        f"Answers over a document's KV beside those from scratch by transformers, {where}, torch {facts['versions']['torch']}: greedy "
+        "tokens up to an answer's first that is another, and the gap between the two largest logits there. Rounded KV, and the KV of a "
+        f"document before which another system prompt stands, show what is lost. File: `{path.relative_to(ROOT)}`.",
+        "",
+        "| model | dtype | document | way | questions | tokens | equal | answers with another token | gaps there |",
+        "|---" * 9 + "|",
+    ]
+    for result in file["results"]:
+        shape = result["shape"]
+        if shape["part"] == "logits":
+            continue
+        gaps = sorted(flip["gap"] for flip in result["flips"])
+        between = f"{gaps[0]:.2g} to {gaps[-1]:.2g}" if gaps else ""
+        cells = [
+            shape["model"],
+            shape["dtype"],
+            f"{shape['P']:,}",
+            shape["way"] + (" KV" if shape["part"] == "rounded" else ""),
+            f"{result['questions']:,}",
+            f"{result['tokens']:,}",
+            f"{100 * result['equal'] / result['tokens']:.4g} %",
+            f"{len(gaps)}",
+            between,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for result in file["results"]:
+        if result["shape"]["part"] == "logits":
+            most, mean = result["max_error"], result["mean_error"]
+            lines += [
+                "",
+                f"First logits in bf16 over {result['shape']['P']:,} tokens, {result['questions']} questions, by their distance from fp64: "
+                f"kvkern at most {most['kvkern']:.3g}, {mean['kvkern']:.3g} on average; transformers from scratch {most['sdpa']:.3g} and "
+                f"{mean['sdpa']:.3g}.",
+            ]
+    return lines
+
+
 # -- forms of the kernels, and the engine on a GPU ---------------------------------------------------------------------
 
 
@@ -698,6 +744,7 @@ def tables() -> str:
             "layer": layer_table,
             "linear": linear_table,
             "document": document_table,
+            "exactness": exactness_table,
             "compression": compression_table,
         }.get(path.stem.split("-")[0])
         if make is not None and (made := make(path)):
