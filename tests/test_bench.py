@@ -947,6 +947,7 @@ STEPS = [
     "forms",
     "bench_document",
     "bench_engine",
+    "bench_engine",
     "bench_prefix",
 ]
 STEPS += ["kvkern.checks", "-k sanitizer"]
@@ -999,7 +1000,7 @@ def test_a_step_of_a_short_loan_that_could_give_nothing_is_not_begun(tmp_path: P
     run = GpuRun(tmp_path / "short", limit=40)
     left_out = ("not sanitizer", "bench_layer", "bench_document", "bench_engine")
     assert run.steps == [step for step in STEPS if step not in left_out]
-    assert run.status == 0 and run.told.count(" not begun") == len(left_out)
+    assert run.status == 0 and run.told.count(" not begun") == sum(step in left_out for step in STEPS)
 
 
 # -- as they are called ------------------------------------------------------------------------------------------------
