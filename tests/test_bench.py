@@ -996,7 +996,7 @@ def test_a_failure_of_what_is_promised_ends_a_run_on_a_gpu_and_one_beside_it_doe
         assert run.status == 1 and run.steps == STEPS[:3] and "no benchmark" in run.told
 
 
-def test_a_step_of_a_short_loan_that_could_give_nothing_is_not_begun(tmp_path: Path) -> None:
+def test_a_step_of_a_short_run_that_could_give_nothing_is_not_begun(tmp_path: Path) -> None:
     run = GpuRun(tmp_path / "short", limit=40)
     left_out = ("not sanitizer", "bench_layer", "bench_document", "bench_engine")
     assert run.steps == [step for step in STEPS if step not in left_out]
