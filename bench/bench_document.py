@@ -1,14 +1,17 @@
 """What a document costs by its length and by its agents, all by the public API: publish, save, load, Engine.
 
     python bench/bench_document.py [--here] [--lengths 255 3774] [--agents 1 64] [--dtype bfloat16] [--model PATH] [--tiny]
-                                   [--random-qwen3-4b --device cuda] [--seconds 900]
+                                   [--random-qwen3-4b] [--scratch FOLDER] [--seconds 300]
 
-By default SmolLM2 of the demo over the first tokens of the GNU GPL 3; --random-qwen3-4b and --tiny take bench_engine's random
-models and random tokens. Naming --lengths alone leaves the agents out, and the other way round. After each cell document.json
-is written; a cell that it holds is skipped, one that failed is run again, none begins after --seconds.
+By default SmolLM2 of the demo over the first tokens of the GNU GPL 3, in bf16 where a CPU multiplies it (AVX-512-BF16), else in
+fp32; --random-qwen3-4b and --tiny take bench_engine's random models and random tokens. Naming --lengths alone leaves the agents
+out, and the other way round. After each cell document.json is written; a cell that it holds is skipped, one that failed is run
+again, none begins after --seconds; what the others are compared with comes first. .kv files lie in --scratch, by default where
+temporary files do: name a folder on the disk to be measured where these are kept in memory (`df /tmp`).
 
 Before any time, first tokens are held against torch's attention without document or pages (bench_engine.check). In each cell
-a document that was loaded has to have the sums of all blocks and the first tokens of the one that was published: else the script ends.
+a document that was loaded has to have the sums of all blocks and the first tokens of the one that was published, and agents with
+a copy each have to say what they say over the shared one: else the script ends.
 
 All times are of one clock on the host, the device idle before and after. Fields of a cell by length, seconds.NAME a list of samples:
 
@@ -30,39 +33,54 @@ All times are of one clock on the host, the device idle before and after. Fields
                      reader   (prefill + question + answer) / (load + question + answer), load as `ratios.load` says
                      host_N   N (prefill + question + answer) / (prefill + N (question + answer)), N agents one after another
 
-By agents: seconds.step (one token for every agent over one copy), bytes_per_agent (copy / N + pages of question and answer),
-bytes_per_agent_copied (each with a copy of its own), scratch_one_s: prefill, question and answer of one agent, which is measured
-for one and for no more.
+By agents, each with a question of its own; of N together over one shared copy, and again (NAME_copied) each over a copy that it
+alone reads, loaded from the .kv file:
+
+    seconds.step, .step_copied    one token for each; three at least, more for --part-seconds, --samples at most
+    seconds.load_copy             to load each copy, from the page cache
+    extend_s, extend_copied_s     all questions, up to the first token of each
+    answer_s, answer_copied_s     the rest of a 64-token answer for each; null, not measured, where it would take longer than
+                                  20 times --part-seconds
+    copies         measured: false where all copies, needed_bytes, do not fit into found_bytes: --copies-gib, or half of what is
+                   free; then what is _copied is null or []
+    bytes_per_agent (copy / N + pages of question and answer), bytes_per_agent_copied (each with a copy of its own)
+    scratch_one_s  prefill, question and answer of one agent, which is measured for one and for no more
 
     document part=length P=3774 model=... | prefill <s> s, load <s> cold <s> warm, question <ms> ms, step <ms> ms, answer <s> s |
              paper <n>x, reader <n>x, host <n>x of 1, <n>x of 16, ...
+    document part=agents B=64 P=3774 ... | step <ms> ms, <ms> ms an agent, <ms> ms with copies | <n> MiB an agent, ...
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import gc
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bench_engine
 import torch
 from bench_engine import FAILURES, QUESTION, draw
 from harness import Bench, WrongResult, shown
+from peers import available_memory
 
 import kvkern
-from kvkern import cost, demo, opening
+from kvkern import _C, cost, demo, opening
 from kvkern.demo_model import demo_model
 from kvkern.identity import model_geometry
 
 LENGTHS, AGENTS, DOCUMENT = (255, 512, 1024, 2048, 3774, 7500), (1, 16, 64, 256, 1024), 3774
+FIRST_CELLS = {"length": (255, 3774), "agents": (1, 64, 1024)}
+"""Lengths, and numbers of agents, that come before all others."""
 TINY_LENGTHS, TINY_AGENTS, TINY_DOCUMENT = (100, 255), (1, 3), 100
 ANSWER = 64
 """Tokens of an answer."""
@@ -70,6 +88,9 @@ FIRST = 8
 """Tokens of an answer that are compared."""
 HOSTED = (1, 16, 256, 1024)
 WORDS = "\n\nOn which date was version 3 of this license published, and by which foundation was it?"
+
+PATIENCE = 20
+"""An answer of all agents is measured where it takes at most so many --part-seconds."""
 
 Asked = tuple[float, list[float], float, list[int]]
 """Seconds of the question, of each timed step, of all steps together, and the tokens."""
@@ -81,17 +102,18 @@ def options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--random-qwen3-4b", action="store_true", help="random weights in Qwen3-4B's shape")
     which.add_argument("--tiny", action="store_true", help="a small random model: to see that all of it runs")
     parser.add_argument(
-        "--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of a model that is read"
+        "--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of the model; see above"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens of the documents")
     parser.add_argument("--agents", type=int, nargs="+", default=None, help="these numbers of agents on one document")
     parser.add_argument("--document", type=int, default=None, help="tokens of that one")
     parser.add_argument("--scratch", type=Path, default=None, help="folder for .kv files, on the disk to be measured")
+    parser.add_argument("--copies-gib", type=float, default=None, help="of all copies; by default half of what is free")
     parser.add_argument("--no-invariant", dest="invariant", action="store_false", help="forwards of free shapes")
     parser.add_argument(
         "--part-seconds", type=float, default=1.0, help="a part is repeated for so long, at most 3 times"
     )
-    parser.add_argument("--seconds", type=float, default=900.0, help="no cell begins after these")
+    parser.add_argument("--seconds", type=float, default=300.0, help="no cell begins after these")
     parser.set_defaults(fuse=None)  # an engine decides
 
 
@@ -106,10 +128,12 @@ class Source:
         self.random = chosen.tiny or chosen.random_qwen3_4b
         if self.random:
             config = bench_engine.SMALL if chosen.tiny else bench_engine.QWEN3_4B
-            self.model = bench_engine.random_model(config, bench.device)
+            self.model = bench_engine.random_model(config, bench.device, getattr(torch, model_dtype(bench)))
             self.tokenizer = bench_engine.words(self.model.config.vocab_size)
             return
-        self.model, self.tokenizer = opening.open_model(chosen.model or str(demo_model()), chosen.dtype, bench.device)
+        self.model, self.tokenizer = opening.open_model(
+            chosen.model or str(demo_model()), model_dtype(bench), bench.device
+        )
         # No answer ends before its 64 tokens.
         self.model.generation_config.eos_token_id = None
         self.tokenizer.eos_token = None
@@ -141,9 +165,11 @@ def model_name(bench: Bench) -> str:
 def model_dtype(bench: Bench) -> str:
     """Known before the model is made, so that a file that is complete needs none."""
     chosen, cuda = bench.options, bench.device.type == "cuda"
-    if chosen.tiny or chosen.random_qwen3_4b:
-        return "bfloat16" if cuda else "float32"
-    return chosen.dtype or opening.dtype_for(bench.device)
+    if chosen.dtype:
+        return str(chosen.dtype)
+    if cuda:
+        return "bfloat16" if chosen.tiny or chosen.random_qwen3_4b else opening.dtype_for(bench.device)
+    return "bfloat16" if _C.instruction_sets()[0] == "avx512bf16" and not chosen.tiny else "float32"
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------
@@ -301,7 +327,17 @@ def ratios(medians: dict[str, float], *, cold: bool) -> dict[str, Any]:
 # -- cells -------------------------------------------------------------------------------------------------------------
 
 
-def by_length(bench: Bench, source: Source, engine: kvkern.Engine, tokens: int, folder: Path) -> dict[str, Any]:
+class Shared(NamedTuple):
+    """The document of the agents, and the seconds of one of them from scratch: prefill, question, answer."""
+
+    document: kvkern.Document
+    scratch: dict[str, float]
+
+
+def by_length(
+    bench: Bench, source: Source, engine: kvkern.Engine, tokens: int, folder: Path, keep: list[Shared] | None
+) -> dict[str, Any]:
+    """`keep`: where the document goes instead of being released, once all of it is measured."""
     ids, what = source.document(tokens)
     question, cuda = source.question(), bench.device.type == "cuda"
     path = folder / f"{tokens}.kv"
@@ -337,11 +373,14 @@ def by_length(bench: Bench, source: Source, engine: kvkern.Engine, tokens: int, 
             raise WrongResult("wrong result: the same question has another answer; no time is reported")
         samples["step"] = ask(bench, engine, fresh, question, bench.options.samples + 1, steps=True)[1]
         kv_bytes = fresh.size_bytes
+        medians = {name: statistics.median(found) for name, found in samples.items() if found}
+        if keep is not None:
+            fresh.retain()
+            keep.append(Shared(fresh, {name: medians[name] for name in ("prefill", "question", "answer")}))
     finally:
         fresh.release()
         path.unlink(missing_ok=True)
     cold = None if None in gone else all(gone)
-    medians = {name: statistics.median(found) for name, found in samples.items() if found}
     return {
         "backend": engine.backend.name,
         "document": tokens,
@@ -355,31 +394,159 @@ def by_length(bench: Bench, source: Source, engine: kvkern.Engine, tokens: int, 
     }
 
 
-def by_agents(
-    bench: Bench, source: Source, document: kvkern.Document, agents: int, scratch: dict[str, float]
-) -> dict[str, Any]:
-    found = bench_engine.measure(bench, source.model, source.tokenizer, document, agents)
-    pages = cost.fit(
-        document.geometry, document_tokens=document.tokens, suffix_tokens=QUESTION + ANSWER, memory_bytes=1 << 60
+def agents_share(bench: Bench, source: Source, engine: kvkern.Engine, tokens: int) -> Shared:
+    """Their document where no cell by length has left one."""
+    document, samples = prefill(bench, source, source.document(tokens)[0])
+    question = source.question()
+    ask(bench, engine, document, question, FIRST)
+    asked, _, answered, _ = ask(bench, engine, document, question, ANSWER)
+    return Shared(document, {"prefill": statistics.median(samples["prefill"]), "question": asked, "answer": answered})
+
+
+class Together(NamedTuple):
+    """Seconds to the first token of all agents, of steps of one token for each, of what was left of all answers; and the tokens."""
+
+    extend: float
+    steps: list[float]
+    answer: float | None
+    tokens: list[list[int]]
+    engine: kvkern.Engine
+
+
+def together(
+    bench: Bench, source: Source, documents: Sequence[kvkern.Document], questions: Sequence[list[int]]
+) -> Together:
+    """An agent for each document, all at once."""
+    chosen, agents, answer = bench.options, len(documents), ANSWER
+    engine = kvkern.Engine(
+        source.model,
+        source.tokenizer,
+        max_agents=agents,
+        memory_bytes=agents * own_pages(documents[0]),
+        max_extend_tokens=min(QUESTION * agents, 8192),
+        invariant=chosen.invariant,
+        backend=chosen.backend,
+        fused=chosen.fuse,
+    )
+    requests = [
+        engine.submit(document, question, index=i, max_new_tokens=answer, do_sample=False)
+        for i, (document, question) in enumerate(zip(documents, questions, strict=True))
+    ]
+
+    def made() -> int:
+        return sum(len(request.new_tokens) for request in requests)
+
+    extend, rest = 0.0, 0.0
+    steps: list[float] = []
+    while not all(request.new_tokens for request in requests):
+        extend += clock(bench, engine.step)
+    while any(request.answer is None for request in requests):
+        before = made()
+        seconds = clock(bench, engine.step)
+        # The first step plans anew, and on a GPU compiles; in the last ones some have ended.
+        if rest and made() - before == agents and len(steps) < chosen.samples:
+            steps.append(seconds)
+        rest += seconds
+        enough = len(steps) >= min(3, chosen.samples) and rest > chosen.part_seconds
+        left = answer - min(len(request.new_tokens) for request in requests)
+        if enough and rest + left * statistics.median(steps) > PATIENCE * chosen.part_seconds:
+            break
+    whole = all(request.answer is not None for request in requests)
+    for request in requests:
+        engine.cancel(request)
+    if not steps:
+        raise RuntimeError(f"no step made a token for each of {agents} agents")
+    return Together(extend, steps, rest if whole else None, [list(request.new_tokens) for request in requests], engine)
+
+
+def own_pages(document: kvkern.Document) -> int:
+    """Bytes of the pages of one agent's question and answer."""
+    return cost.fit(
+        document.geometry, document_tokens=1, suffix_tokens=QUESTION + ANSWER, memory_bytes=1 << 60
     ).suffix_bytes
-    steps = found.pop("seconds")["decode"]
+
+
+@contextlib.contextmanager
+def copied(bench: Bench, source: Source, document: kvkern.Document, count: int, path: Path) -> Iterator[Any]:
+    """(copies, the seconds to load each), from a file that is written where it is not there."""
+    if not path.exists():
+        named = document.identity
+        # Without a tokenizer's digest, which each load would take again.
+        document.identity = replace(named, tokenizer=None)
+        try:
+            document.save(path)
+        finally:
+            document.identity = named
+    seconds: list[float] = []
+    with contextlib.ExitStack() as held:
+        copies: list[kvkern.Document] = []
+        for _ in range(count):
+            seconds.append(clock(bench, lambda: copies.append(kvkern.load(path, source.model, None))))
+            held.enter_context(copies[-1])
+        if not all(torch.equal(copy.sums, document.sums) for copy in copies):
+            raise WrongResult("wrong result: a loaded document is not the published one; no time is reported")
+        yield copies, seconds
+
+
+def room(bench: Bench) -> int:
+    """Bytes that copies may take."""
+    if bench.options.copies_gib is not None:
+        return int(bench.options.copies_gib * 2**30)
+    cuda = bench.device.type == "cuda"
+    return (torch.cuda.mem_get_info(bench.device)[0] if cuda else available_memory()) // 2
+
+
+def by_agents(bench: Bench, source: Source, shared: Shared, agents: int, path: Path) -> dict[str, Any]:
+    document, size = shared.document, source.model.config.vocab_size
+    questions = [draw(QUESTION, size) for _ in range(agents)]
+    if bench.device.type == "cuda":
+        together(bench, source, [document] * agents, questions)  # compiles
+    ours = together(bench, source, [document] * agents, questions)
+    pages = own_pages(document)
+    needed, found = agents * (document.size_bytes + pages), room(bench)
+    theirs, loads = None, []
+    if needed <= found:
+        with copied(bench, source, document, agents, path) as (copies, loads):
+            theirs = together(bench, source, copies, questions)
+        for own, other in zip(ours.tokens, theirs.tokens, strict=True):
+            both = min(len(own), len(other))
+            if own[:both] != other[:both]:
+                raise WrongResult(
+                    "wrong result: an agent with a copy of its own has another answer; no time is reported"
+                )
     return {
-        **found,
-        "seconds": {"step": steps},
-        "step_per_agent_s": statistics.median(steps) / agents,
+        "backend": ours.engine.backend.name,
+        "agents": agents,
+        "document": document.tokens,
+        "seconds": {"step": ours.steps, "step_copied": theirs.steps if theirs else [], "load_copy": loads},
+        "step_per_agent_s": statistics.median(ours.steps) / agents,
+        "step_copied_per_agent_s": statistics.median(theirs.steps) / agents if theirs else None,
+        "extend_s": ours.extend,
+        "extend_copied_s": theirs.extend if theirs else None,
+        "answer_s": ours.answer,
+        "answer_copied_s": theirs.answer if theirs else None,
+        "copies": {"measured": theirs is not None, "needed_bytes": needed, "found_bytes": found},
         "bytes_per_agent": document.size_bytes / agents + pages,
         "bytes_per_agent_copied": document.size_bytes + pages,
-        "scratch_one": scratch,
-        "scratch_one_s": sum(scratch.values()),
+        "scratch_one": shared.scratch,
+        "scratch_one_s": sum(shared.scratch.values()),
         "scratch_agents_measured": 1,
+        "rounding": ours.engine.describe()["rounding"],
     }
 
 
 def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
     s: dict[str, Any] = {name: statistics.median(v) if v else None for name, v in found["seconds"].items()}
     if shape["part"] == "agents":
+        per, copies = found["step_copied_per_agent_s"], found["copies"]
+        copied = (
+            f"not measured with copies: {cost.render_bytes(copies['needed_bytes'])} of "
+            f"{cost.render_bytes(copies['found_bytes'])}"
+            if per is None
+            else f"{per * 1e3:.3f} ms with copies"
+        )
         return (
-            f"document {shown(shape)} | step {s['step'] * 1e3:.2f} ms, {found['step_per_agent_s'] * 1e3:.3f} ms an agent | "
+            f"document {shown(shape)} | step {s['step'] * 1e3:.2f} ms, {found['step_per_agent_s'] * 1e3:.3f} ms an agent, {copied} | "
             f"{cost.render_bytes(found['bytes_per_agent'])} an agent, "
             f"{cost.render_bytes(found['bytes_per_agent_copied'])} with copies | "
             f"from scratch {found['scratch_one_s']:.2f} s, measured for one"
@@ -402,7 +569,7 @@ def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def shapes(bench: Bench) -> list[dict[str, Any]]:
-    """Every cell that is wanted, lengths first."""
+    """Every cell that is wanted: FIRST_CELLS, then the others; lengths first of each."""
     chosen = bench.options
     kind = {
         "model": model_name(bench),
@@ -414,9 +581,9 @@ def shapes(bench: Bench) -> list[dict[str, Any]]:
     lengths: Sequence[int] = chosen.lengths or ((TINY_LENGTHS if chosen.tiny else LENGTHS) if both else ())
     agents: Sequence[int] = chosen.agents or ((TINY_AGENTS if chosen.tiny else AGENTS) if both else ())
     tokens = chosen.document or (TINY_DOCUMENT if chosen.tiny else DOCUMENT)
-    return [{"part": "length", "P": p, **kind} for p in lengths] + [
-        {"part": "agents", "B": b, "P": tokens, **kind} for b in agents
-    ]
+    cells = [{"part": "length", "P": p, **kind} for p in lengths]
+    cells += [{"part": "agents", "B": b, "P": tokens, **kind} for b in agents]
+    return sorted(cells, key=lambda cell: cell.get("B", cell["P"]) not in FIRST_CELLS[str(cell["part"])])
 
 
 def main() -> None:
@@ -438,27 +605,21 @@ def main() -> None:
         backend=chosen.backend,
         fused=chosen.fuse,
     )
-    shared: kvkern.Document | None = None
-    scratch: dict[str, float] = {}
+    shared: list[Shared] = []
+    together_over = {shape["P"] for shape in left if shape["part"] == "agents"}
     with tempfile.TemporaryDirectory(prefix="kvkern-bench-", dir=chosen.scratch) as folder:
         for shape in left:
             if time.monotonic() - began > chosen.seconds:
                 break
             try:
+                tokens = shape["P"]
                 if shape["part"] == "length":
-                    found = by_length(bench, source, engine, shape["P"], Path(folder))
+                    keep = shared if tokens in together_over and not shared else None
+                    found = by_length(bench, source, engine, tokens, Path(folder), keep)
                 else:
-                    if shared is None:
-                        shared, samples = prefill(bench, source, source.document(shape["P"])[0])
-                        question = source.question()
-                        ask(bench, engine, shared, question, FIRST)
-                        asked, _, answered, _ = ask(bench, engine, shared, question, ANSWER)
-                        scratch = {
-                            "prefill": statistics.median(samples["prefill"]),
-                            "question": asked,
-                            "answer": answered,
-                        }
-                    found = by_agents(bench, source, shared, shape["B"], scratch)
+                    if not shared:
+                        shared.append(agents_share(bench, source, engine, tokens))
+                    found = by_agents(bench, source, shared[0], shape["B"], Path(folder) / "shared.kv")
             except FAILURES as error:
                 bench.fail(shape, error)
             else:

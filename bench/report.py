@@ -503,21 +503,35 @@ def document_table(path: Path) -> list[str]:
     if parts:
         lines += [
             "",
-            "By its agents, over one shared copy: a step makes one token for each; from scratch (prefill, question and answer) is "
-            "measured for one agent and for no more.",
+            "By its agents, all at once, over one shared copy and each over a copy of its own, by agent: a step of one token for each; a "
+            "whole answer, question of 16 tokens and 64 of the answer; bytes of KV. From scratch (prefill, question and answer) is "
+            "measured for one agent and for no more. Not measured: an answer that would take too long, copies that do not fit.",
             "",
-            "| agents | tokens | model | dtype | step | an agent | bytes an agent | with copies | one agent from scratch |",
-            "|---" * 9 + "|",
+            "| agents | tokens | model | dtype | step, shared | step, copies | answer, shared | answer, copies | bytes, shared | "
+            "bytes, copies | one from scratch |",
+            "|---" * 11 + "|",
         ]
     for result in sorted(parts, key=lambda result: (result["document"], result["agents"])):
-        step = statistics.median(result["seconds"]["step"])
+        agents, held = result["agents"], result["copies"]
+        none = "not measured"
+        if not held["measured"]:
+            none += f": {held['needed_bytes'] / 2**30:.1f} of {held['found_bytes'] / 2**30:.1f} GiB"
+
+        def answer(kind: str, result: dict[str, Any] = result, none: str = none) -> str:
+            """Of an agent, where its question and its answer are measured."""
+            rest = result[f"answer{kind}_s"]
+            return none if rest is None else f"{(result[f'extend{kind}_s'] + rest) / result['agents']:.3f} s"
+
+        copied = result["step_copied_per_agent_s"]
         cells = [
-            f"{result['agents']:,}",
+            f"{agents:,}",
             f"{result['document']:,}",
             result["shape"]["model"],
             result["shape"]["dtype"],
-            f"{step * 1e3:.2f} ms",
             f"{result['step_per_agent_s'] * 1e3:.3f} ms",
+            none if copied is None else f"{copied * 1e3:.3f} ms",
+            answer("", none="not measured"),
+            answer("_copied"),
             f"{result['bytes_per_agent'] / 2**20:.1f} MiB",
             f"{result['bytes_per_agent_copied'] / 2**20:.1f} MiB",
             f"{result['scratch_one_s']:.2f} s",

@@ -16,7 +16,7 @@ import torch
 import kvkern
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-OWN = ("harness", "bench_engine", "bench_document", "plot", "report")
+OWN = ("harness", "peers", "bench_engine", "bench_document", "plot", "report")
 TINY = ["--tiny", "--samples", "3", "--device", "cpu", "--part-seconds", "0"]
 
 
@@ -76,7 +76,20 @@ def test_cells_by_length_and_by_agents_hold_samples_and_what_follows_from_them(
     assert length["ratios"]["host_1"] == pytest.approx(1)
     assert length["ratios"]["host_256"] == pytest.approx(256 * (p + q + a) / (p + 256 * (q + a)))
 
-    assert len(agents["seconds"]["step"]) == 3 and agents["agents"] == 3 and agents["scratch_agents_measured"] == 1
+    assert {name: len(found) for name, found in agents["seconds"].items()} == {
+        "step": 3,
+        "step_copied": 3,
+        "load_copy": 3,
+    }
+    assert agents["agents"] == 3 and agents["scratch_agents_measured"] == 1
+    for kind in ("", "_copied"):
+        assert agents[f"step{kind}_per_agent_s"] == pytest.approx(
+            statistics.median(agents["seconds"][f"step{kind}"]) / 3
+        )
+        # A whole answer would take longer than no time at all.
+        assert agents[f"extend{kind}_s"] > 0 and agents[f"answer{kind}_s"] is None
+    copies = agents["copies"]
+    assert copies["measured"] and copies["needed_bytes"] == 3 * (128 + 32) * token <= copies["found_bytes"]
     assert agents["bytes_per_agent"] == 128 * token / 3 + 32 * token
     assert agents["bytes_per_agent_copied"] == (128 + 32) * token
     assert agents["scratch_one_s"] == pytest.approx(sum(agents["scratch_one"].values()))
@@ -92,6 +105,107 @@ def test_cells_by_length_and_by_agents_hold_samples_and_what_follows_from_them(
     lines = scripts["report"].document_table(tmp_path / "out" / "document.json")
     rows = [line for line in lines if line.startswith("| 130 |") or line.startswith("| 3 |")]
     assert len(rows) == 2 and f"{length['ratios']['paper']:.1f}x" in rows[0]
+    assert rows[1].count("not measured") == 2 and f"{agents['step_copied_per_agent_s'] * 1e3:.3f} ms" in rows[1]
+
+
+def test_copies_that_do_not_fit_are_told_and_answers_are_whole_where_there_is_time(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The document is that of its own cell, and is not computed again."""
+    published = []
+    publish = kvkern.publish
+
+    def counted(model: Any, tokenizer: Any, ids: list[int], **options: Any) -> kvkern.Document:
+        published.append(len(ids))
+        return publish(model, tokenizer, ids, **options)
+
+    monkeypatch.setattr(kvkern, "publish", counted)
+    argv = ["--lengths", "100", "--agents", "2", "3", "--document", "100", "--copies-gib", str(2 * 160 * 512 / 2**30)]
+    argv += ["--part-seconds", "1e-9"]
+    monkeypatch.setattr(scripts["bench_document"], "PATIENCE", 1e12)
+    length, two, three = ran(scripts, monkeypatch, tmp_path / "out", *argv)["results"]
+    assert [two["copies"]["measured"], three["copies"]["measured"]] == [True, False]
+    assert three["copies"] == {"measured": False, "needed_bytes": 3 * 160 * 512, "found_bytes": 2 * 160 * 512}
+    assert three["seconds"]["step_copied"] == three["seconds"]["load_copy"] == []
+    assert three["step_copied_per_agent_s"] is three["extend_copied_s"] is three["answer_copied_s"] is None
+    # All steps, of which those in the samples are some.
+    assert two["answer_s"] > sum(two["seconds"]["step"]) and three["answer_s"] > 0 and two["answer_copied_s"] > 0
+    assert published.count(100) == 1 and two["scratch_one"]["prefill"] == length["seconds"]["prefill"][0]
+    assert "not measured with copies: 240.0 KiB of 160.0 KiB" in capsys.readouterr().out.splitlines()[2]
+    monkeypatch.setattr(scripts["report"], "ROOT", tmp_path)
+    lines = scripts["report"].document_table(tmp_path / "out" / "document.json")
+    (row,) = [line for line in lines if line.startswith("| 3 |")]
+    assert (
+        row.count("not measured: 0.0 of 0.0 GiB") == 2 and f"{(three['extend_s'] + three['answer_s']) / 3:.3f} s" in row
+    )
+
+
+def test_control_agents_that_answer_otherwise_over_copies_have_no_time(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that hold another document, whose sums are those that are wanted."""
+    load = kvkern.load
+
+    def other(path: Path, model: Any, tokenizer: Any) -> kvkern.Document:
+        with load(path, model, tokenizer) as right:
+            sums = right.sums
+        wrong = kvkern.publish(model, tokenizer, list(range(300, 200, -1)))
+        wrong._sums = sums
+        return wrong
+
+    monkeypatch.setattr(kvkern, "load", other)
+    with pytest.raises(SystemExit, match="wrong result: an agent with a copy"):
+        ran(scripts, monkeypatch, tmp_path / "out", "--agents", "3", "--document", "100")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_others_are_compared_with_comes_first(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = scripts["bench_document"]
+    monkeypatch.setattr(sys, "argv", ["bench_document.py", "--device", "cpu", "--dtype", "float32"])
+    bench = scripts["harness"].Bench.start("document", "", extra=document.options)
+    cells = [(cell["part"], cell.get("B", cell["P"])) for cell in document.shapes(bench)]
+    lengths = [("length", tokens) for tokens in document.LENGTHS]
+    assert sorted(cells) == sorted(lengths + [("agents", agents) for agents in document.AGENTS])
+    first = [("length", 255), ("length", 3774), ("agents", 1), ("agents", 64), ("agents", 1024)]
+    assert cells[:5] == first and cells[5:9] == [*lengths[1:4], lengths[5]]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sets", "dtype"),
+    [
+        ([], ["avx512bf16", "avx2"], "bfloat16"),
+        ([], ["avx512", "avx2"], "float32"),
+        (["--random-qwen3-4b"], ["avx512bf16"], "bfloat16"),
+        (["--random-qwen3-4b", "--dtype", "bfloat16"], ["avx2"], "bfloat16"),
+        (["--tiny"], ["avx512bf16"], "float32"),
+        (["--dtype", "float32"], ["avx512bf16"], "float32"),
+    ],
+)
+def test_a_cpu_takes_bf16_where_it_multiplies_it(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], sets: list[str], dtype: str
+) -> None:
+    document = scripts["bench_document"]
+    monkeypatch.setattr(sys, "argv", ["bench_document.py", "--device", "cpu", *argv])
+    bench = scripts["harness"].Bench.start("document", "", extra=document.options)
+    monkeypatch.setattr(document._C, "instruction_sets", lambda: sets)
+    assert document.model_dtype(bench) == dtype
+
+
+def test_a_random_model_is_drawn_once_in_its_dtype(scripts: Any) -> None:
+    engine = scripts["bench_engine"]
+    made = [
+        engine.random_model({**engine.SMALL, "tie_word_embeddings": tied}, torch.device("cpu"), torch.bfloat16)
+        for tied in (True, False)
+    ]
+    assert [model.lm_head.weight is model.model.embed_tokens.weight for model in made] == [True, False]
+    for name, weight in made[1].named_parameters():
+        assert weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+        else:
+            assert weight.float().std().item() == pytest.approx(0.2, rel=0.1), name
+    assert made[0].model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_document_that_does_not_fit_is_told_and_the_next_goes_on(
