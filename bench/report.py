@@ -1,7 +1,8 @@
 """Tables of the README, from the files under bench/results/. Nothing in them is written by hand.
 
 python bench/report.py            rewrites the part of README.md between the two marks, and beside each layer.json of a CPU
-                                  layer.md, a row for every cell, and layer.svg, a figure
+                                  layer.md, a row for every cell, and layer.svg, a figure; beside each paper.json
+                                  report.html and paper.svg; and docs/paper.md
 python bench/report.py --check    exit 1 if one of them is not what the files give
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import claims
 from plot import Curve, Panel, svg
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -453,9 +455,9 @@ def linear_table(path: Path) -> list[str]:
 # -- a document by its length and by its agents ------------------------------------------------------------------------
 
 
-def document_table(path: Path) -> list[str]:
+def document_table(path: Path, part: dict[str, Any] | None = None) -> list[str]:
     """What a document costs by its length, three ratios beside it, and by its agents."""
-    file = json.loads(path.read_text())
+    file = json.loads(path.read_text()) if part is None else part
     facts = file["machine"]
     where = facts.get("gpu") or f"{facts['threads']} threads of {facts['cpu']}"
     lines = [
@@ -546,45 +548,70 @@ def document_table(path: Path) -> list[str]:
 
 
 def exactness_table(path: Path) -> list[str]:
-    """Tokens of answers over a document's KV beside those from scratch, by way; and logits in bf16."""
+    """Tokens of answers over a document's KV beside those from scratch, by way; readers who mean other tokens; logits by dtype."""
     file = json.loads(path.read_text())
     facts = file["machine"]
     where = facts.get("gpu") or f"{facts['threads']} threads of {facts['cpu']}"
-    lines = [
-        f"Answers over a document's KV beside those from scratch by transformers, {where}, torch {facts['versions']['torch']}: greedy "
-        "tokens up to an answer's first that is another, and the gap between the two largest logits there. Rounded KV, and the KV of a "
-        f"document before which another system prompt stands, show what is lost. File: `{path.relative_to(ROOT)}`.",
-        "",
-        "| model | dtype | document | way | questions | tokens | equal | answers with another token | gaps there |",
-        "|---" * 9 + "|",
-    ]
+    parts = ("tokens", "rounded", "unchanged", "order", "template", "tokenizer", "logits")
+    read: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
     for result in file["results"]:
-        shape = result["shape"]
-        if shape["part"] == "logits":
-            continue
-        gaps = sorted(flip["gap"] for flip in result["flips"])
-        between = f"{gaps[0]:.2g} to {gaps[-1]:.2g}" if gaps else ""
-        cells = [
-            shape["model"],
-            shape["dtype"],
-            f"{shape['P']:,}",
-            shape["way"] + (" KV" if shape["part"] == "rounded" else ""),
-            f"{result['questions']:,}",
+        read[result["shape"]["part"]].append(result)
+
+    def counts(result: dict[str, Any]) -> list[str]:
+        judged, asked, gaps = result["questions"], result["asked"], [flip["gap"] for flip in result["flips"]]
+        return [
+            f"{judged:,}" if judged == asked else f"{judged:,} of {asked:,}",
             f"{result['tokens']:,}",
             f"{100 * result['equal'] / result['tokens']:.4g} %",
-            f"{len(gaps)}",
-            between,
+            f"{len(gaps):,}",
+            f"{max(gaps):.2g}" if gaps else "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    for result in file["results"]:
-        if result["shape"]["part"] == "logits":
-            most, mean = result["max_error"], result["mean_error"]
-            lines += [
-                "",
-                f"First logits in bf16 over {result['shape']['P']:,} tokens, {result['questions']} questions, by their distance from fp64: "
-                f"kvkern at most {most['kvkern']:.3g}, {mean['kvkern']:.3g} on average; transformers from scratch {most['sdpa']:.3g} and "
-                f"{mean['sdpa']:.3g}.",
-            ]
+
+    def row(*cells: str) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    counted = "questions | tokens | equal | answers with another token | largest gap there |"
+    lines = [
+        f"Answers over a document's KV beside those from scratch by transformers, {where}, torch {facts['versions']['torch']}: greedy "
+        "tokens up to an answer's first that is another, and the gap between the two largest logits there. Rounded KV shows what is "
+        f"lost. Every such token is in the file: `{path.relative_to(ROOT)}`.",
+        "",
+        f"| model | dtype | document | way | {counted}",
+        "|---" * 9 + "|",
+    ]
+    for result in sorted(read["tokens"] + read["rounded"], key=lambda result: result["shape"]["P"]):
+        shape = result["shape"]
+        way = shape["way"] + (" KV" if shape["part"] == "rounded" else "")
+        lines.append(row(shape["model"], shape["dtype"], f"{shape['P']:,}", way, *counts(result)))
+    changed = [result for part in ("unchanged", "order", "template", "tokenizer") for result in read[part]]
+    if changed:
+        lines += [
+            "",
+            "A reader who means other tokens than the publisher: what kvkern says, and what it would cost to take the document's KV all "
+            "the same: answers over it beside those from scratch of what the reader means. Where all are equal, the KV does not depend "
+            "on what differs, and the refusal is caution.",
+            "",
+            f"| the reader's | document | refused by | {counted} first tokens other |",
+            "|---" * 9 + "|",
+        ]
+    for result in changed:
+        shape = result["shape"]
+        whose = shape["way"] if shape["part"] in ("unchanged", "order") else f"{shape['part']}: {shape['way']}"
+        refused = f"{result['error']}, {result['field']}" if result["refused"] else "not refused"
+        lines.append(row(whose, f"{shape['P']:,}", refused, *counts(result), f"{result['first_tokens_other']:,}"))
+    if read["logits"]:
+        lines += [
+            "",
+            "Logits over whole answers, and by their distance from fp64 at the first token, largest and mean.",
+            "",
+            "| logits in | document | questions | tokens | equal | largest difference | kvkern from fp64 | transformers from fp64 |",
+            "|---" * 8 + "|",
+        ]
+    for result in read["logits"]:
+        shape, most, mean = result["shape"], result["max_error"], result["mean_error"]
+        errors = [f"{most[how]:.3g}, {mean[how]:.3g}" for how in ("kvkern", "sdpa")]
+        numbers = [f"{result[name]:,}" for name in ("questions", "tokens", "tokens_equal")]
+        lines.append(row(shape["way"], f"{shape['P']:,}", *numbers, f"{result['difference']:.3g}", *errors))
     return lines
 
 
@@ -699,9 +726,9 @@ def engine_table(path: Path) -> list[str]:
 # -- how far the KV compresses -----------------------------------------------------------------------------------------
 
 
-def compression_table(path: Path) -> list[str]:
+def compression_table(path: Path, part: dict[str, Any] | None = None) -> list[str]:
     """A row for every form and codec, K and V apart; what pays is the file's own verdict."""
-    file = json.loads(path.read_text())
+    file = json.loads(path.read_text()) if part is None else part
     facts = file["machine"]
     lines = [
         f"How far the KV of a document compresses without loss, bit by bit verified; time that one core of {facts['cpu']} "
@@ -737,6 +764,51 @@ def compression_table(path: Path) -> list[str]:
     return lines
 
 
+# -- the paper, measured again -----------------------------------------------------------------------------------------
+
+
+def paper_table(path: Path) -> list[str]:
+    """Of paper.json: claims with their verdicts, the figure, and what a document costs here."""
+    file = json.loads(path.read_text())
+    found = claims.of_paper(file)
+    found.demo = claims.read(path.with_name("demo.json"))
+    folder = path.parent.relative_to(ROOT)
+    minutes = sum(file["seconds"].values()) / 60
+    lines = [
+        f"arXiv 2606.13361 measured again (`make bench-paper`, {minutes:.0f} minutes): {found.name}. Every claim, rule and other machine: "
+        f"[docs/paper.md](docs/paper.md); tables and figures in one page: `{folder}/report.html`. File: `{path.relative_to(ROOT)}`.",
+        "",
+        f"![Seconds by document length, and the three ratios]({folder}/paper.svg)",
+        "",
+        "| claim | the paper | here | |",
+        "|---|---|---|---|",
+    ]
+    for row in claims.rows([found]):
+        if row["verdict"].get(found.name, claims.MISSING) not in (claims.MISSING, "told"):
+            lines.append(
+                f"| {row['claim']} | {row['paper']} | {row['ours'][found.name]} | {row['verdict'][found.name]} |"
+            )
+    if "document" in file["parts"]:
+        lines += ["", *document_table(path, file["parts"]["document"])]
+    for part, why in file["missing"].items():
+        lines += ["", f"{part.capitalize()}: {MISSING}: {why}."]
+    return lines
+
+
+def paper_pages(path: Path) -> dict[Path, str]:
+    """What stands beside paper.json."""
+    import paper_report  # matplotlib takes a while
+
+    file = json.loads(path.read_text())
+    found = claims.of_paper(file)
+    found.demo = claims.read(path.with_name("demo.json"))
+    arithmetic = claims.findings([])
+    return {
+        path.with_name("report.html"): paper_report.render(file, claims.rows([*arithmetic, found])),
+        path.with_name("paper.svg"): paper_report.figure(file),
+    }
+
+
 # -- all files ---------------------------------------------------------------------------------------------------------
 
 
@@ -760,6 +832,7 @@ def tables() -> str:
             "document": document_table,
             "exactness": exactness_table,
             "compression": compression_table,
+            "paper": paper_table,
         }.get(path.stem.split("-")[0])
         if make is not None and (made := make(path)):
             lines += [*made, ""]
@@ -774,31 +847,44 @@ def result_files() -> list[Path]:
 
 
 def pages() -> dict[Path, str]:
-    """What stands beside the files of CPUs."""
-    found = {}
+    """What stands beside the files, and docs/paper.md."""
+    folders = sorted({path.parent for path in result_files()})
+    found = {ROOT / "docs" / "paper.md": claims.page(claims.findings(folders))}
     for path in result_files():
         if path.stem == "layer" and (file := json.loads(path.read_text()))["machine"]["device"] == "cpu":
             found[path.with_suffix(".md")] = cpu_page(file)
             found[path.with_suffix(".svg")] = cpu_figure(file)
+        if path.stem == "paper":
+            found |= paper_pages(path)
     return found
 
 
-def main() -> int:
+def made() -> dict[Path, str]:
+    """Everything that files give."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    made = {readme: f"{head}{BEGIN}\n{tables()}\n{END}{tail}"} | pages()
+    return {readme: f"{head}{BEGIN}\n{tables()}\n{END}{tail}"} | pages()
+
+
+def rewrite() -> None:
+    for path, new in made().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(new, encoding="utf-8")
+
+
+def main() -> int:
     if "--check" in sys.argv[1:]:
-        stale = [path for path, new in made.items() if not path.exists() or path.read_text(encoding="utf-8") != new]
+        new = made()
+        stale = [path for path in new if not path.exists() or path.read_text(encoding="utf-8") != new[path]]
         for path in stale:
             print(
                 f"{path.relative_to(ROOT)}: its results are not what bench/results/ gives\n  do: python bench/report.py",
                 file=sys.stderr,
             )
         return 1 if stale else 0
-    for path, new in made.items():
-        path.write_text(new, encoding="utf-8")
+    rewrite()
     return 0
 
 

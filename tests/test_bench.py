@@ -25,7 +25,7 @@ from kvkern.kernels.oracle import attend_fp64
 from kvkern.linear import RoundingClass
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-OWN = ("harness", "peers", "bench_layer", "bench_engine", "bench_linear", "plot", "report", "fma_peak")
+OWN = ("harness", "peers", "bench_layer", "bench_engine", "bench_linear", "plot", "claims", "report", "fma_peak")
 SHAPE = ["--tiny", "--heads", "4", "2", "64", "--dtype", "bfloat16", "--samples", "3", "--device", "cpu"]
 ENGINE = ["--tiny", "--samples", "3", "--device", "cpu"]
 

@@ -16,7 +16,7 @@ import torch
 import kvkern
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-OWN = ("harness", "peers", "bench_engine", "bench_document", "plot", "report")
+OWN = ("harness", "peers", "bench_engine", "bench_document", "plot", "claims", "report")
 TINY = ["--tiny", "--samples", "3", "--device", "cpu", "--part-seconds", "0"]
 
 

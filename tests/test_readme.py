@@ -20,13 +20,20 @@ def test_the_tables_of_the_readme_are_those_of_the_result_files() -> None:
 
 
 def test_control_a_number_written_by_hand_is_caught(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "bench", tmp_path / "bench")
+    for folder in ("bench", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text(
         text.replace("| ratio of the seconds | ", "| ratio of the seconds | 9"), encoding="utf-8"
     )
     done = check(tmp_path)
-    assert done.returncode == 1 and "python bench/report.py" in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("README.md: ") and "python bench/report.py" in done.stderr
+    page = tmp_path / "docs" / "paper.md"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert check(tmp_path).returncode == 0
+    page.write_text(page.read_text(encoding="utf-8").replace("does not hold", "holds"), encoding="utf-8")
+    done = check(tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("docs/paper.md: ")
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:
