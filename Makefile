@@ -1,5 +1,6 @@
 # make demo    the main job: publish a document, let 256 agents ask it, compare with from scratch
 # make test    the suite             make lint    ruff and mypy             make bench   every benchmark
+# make bench-paper   the claims of arXiv 2606.13361, measured on this machine: 20 minutes, docs/paper.md and report.html
 # make test-full   after it: its larger cases, those of Triton on another one, csrc/ under sanitizers, planted mistakes, and
 #                  what no test enters
 # make clean   what was built        make distclean   and the environments
@@ -28,7 +29,7 @@ COVERAGE := $(CURDIR)/build/coverage
 # Branches of kvkern/ are counted, those of processes that tests start too.
 COUNTED := COVERAGE_FILE=$(COVERAGE)/data
 
-.PHONY: demo test test-full lint bench clean distclean
+.PHONY: demo test test-full lint bench bench-paper clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -67,9 +68,12 @@ lint: $(VENV)/packages
 	$(BIN)/mypy
 
 bench: $(VENV)/built
-	set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	set -e; for script in $(filter-out bench/bench_paper.py,$(wildcard bench/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 	@echo "== bench/instruction_counts.py"
 	$(BIN)/python bench/instruction_counts.py --check
+
+bench-paper: $(VENV)/built
+	$(BIN)/python -m bench.bench_paper $(ARGS)
 
 clean:
 	rm -rf build dist kvkern.egg-info kvkern/*.so $(VENV)/built $(VENV36)/built
