@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -247,8 +248,8 @@ def draw_ratios(ax: Axes, cells: Sequence[Cell]) -> None:
 
 # -- by agents ---------------------------------------------------------------------------------------------------------
 
-STEPS = {"step": "one shared copy", "step_copies": "a copy each", "copies": "a copy each"}
-"""Samples of a step of all agents; those of other names are drawn by their name."""
+STEPS = {"step": "one shared copy", "step_copied": "a copy each"}
+"""Samples of a step of all agents, by what they read; those of other names are drawn by their name."""
 
 
 def draw_agents(ax: Axes, cells: Sequence[Cell]) -> None:
@@ -258,7 +259,7 @@ def draw_agents(ax: Axes, cells: Sequence[Cell]) -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     for cell in cells:
         for name, samples in cell["seconds"].items():
-            if (middle := median(samples)) is not None:
+            if name.startswith("step") and (middle := median(samples)) is not None:
                 found.setdefault(STEPS.get(name, name), []).append((cell["agents"], middle / cell["agents"]))
     scratch = median([cell["scratch_one_s"] / ANSWER for cell in cells if "scratch_one_s" in cell])
     if scratch is not None:
@@ -294,7 +295,7 @@ def draw_gaps(ax: Axes, rows: Sequence[tuple[str, Sequence[float], str]]) -> Non
     ax.set_xscale("log")
     ax.set_xlim(0.5 * max(LEAST_GAP, min(gap for _, gaps, _ in rows for gap in gaps)), None)
     log_axis(ax.xaxis, lambda x: f"{x:.0e}" if x < 1e-3 else plain(x))
-    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8)
+    ax.set_yticks(range(len(rows)), [textwrap.fill(name, 44) for name, _, _ in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("gap of the two largest logits from scratch, logarithmic")
 

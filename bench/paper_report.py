@@ -1,7 +1,7 @@
 """paper.json as a page that stands alone, and as the README's figure. What was not measured says so; nothing is written by hand.
 
     render(paper, claims)   report.html: no script and nothing from elsewhere, figures inline, their words as text
-    figure(paper)           one SVG: the three ratios by length, and the time of a step by agents
+    figure(paper)           one SVG: seconds by length, and the three ratios
 
 claims: {id, claim, paper, ours: {machine: text}, how, verdict: {machine: text}}, plain text. The same input gives the same bytes.
 """
@@ -15,19 +15,21 @@ from html import escape
 from typing import Any
 
 import paper_draw as draw
-from paper_draw import BAND, TOLERANCE, figures, picture
+from paper_draw import TOLERANCE, figures, picture
+from paper_measured import by_agents, by_length, compression, exactness
 from paper_words import (
     MISSING,
     Cell,
     Html,
+    absent,
+    cells_of,
     digits,
     estimated,
     facts,
     heading,
-    listed,
-    median,
+    kinds,
     page,
-    sampled,
+    part_of,
     says,
     seconds,
     share,
@@ -35,39 +37,13 @@ from paper_words import (
     times,
 )
 
-from kvkern.cost import render_bytes
 from kvkern.pricing import dollars
 
 VERDICTS = {"not measured": "none", "told": "none", "does not hold": "bad", "holds in part": "part", "holds": "good"}
 """Words that a verdict may begin with, the longer ones first, and their colours; others are grey."""
 
 
-# -- the page's parts --------------------------------------------------------------------------------------------------
-
-
-def absent(paper: Cell, part: str) -> str:
-    reason = paper.get("missing", {}).get(part)
-    return says(f"{MISSING}: {reason}" if reason else MISSING)
-
-
-def kinds(results: Iterable[Cell], names: Sequence[str] = ("model", "dtype")) -> dict[str, list[Cell]]:
-    """Results by what they are of."""
-    found: dict[str, list[Cell]] = {}
-    for result in results:
-        found.setdefault(", ".join(str(result["shape"].get(name)) for name in names), []).append(result)
-    return found
-
-
-def part_of(paper: Cell, name: str) -> Any:
-    return paper.get("parts", {}).get(name) or {}
-
-
-def cells_of(paper: Cell, part: str, *wanted: str) -> list[Cell]:
-    """Results of a part whose shape's part is one of those wanted."""
-    return [r for r in part_of(paper, part).get("results", ()) if not wanted or r["shape"].get("part") in wanted]
-
-
-# -- 1 and 2: the machine, the claims ----------------------------------------------------------------------------------
+# -- the machine, the claims -------------------------------------------------------------------------------------------
 
 
 def machine_text(facts: Cell) -> str:
@@ -143,273 +119,7 @@ def claims_table(claims: Sequence[Cell]) -> list[str]:
     return [says(measured), table("claim | paper | ours | verdict", claim_rows(claims), "text")]
 
 
-# -- 3: by length ------------------------------------------------------------------------------------------------------
-
-LENGTH = (
-    "Each part is timed by itself, the device idle before and after; a loaded document has to have the digests and the first tokens of the "
-    "published one. Loads verify every digest; the question has 16 tokens, up to the first of the answer; the answer is its other "
-    "63. Medians, in brackets the spread (largest less smallest sample)."
-)
-
-RATIOS = (
-    "Ratios: the paper's, prefill / one step; a reader's, (prefill + question + answer) / (load + question + answer); a host's for N "
-    "agents, N (prefill + question + answer) / (prefill + N (question + answer))."
-)
-
-
-def reached(cells: Sequence[Cell]) -> str:
-    """Which ratio is in the paper's range, by what was measured."""
-    above, below = [], []
-    for name, shown in draw.ratio_names(cells).items():
-        found = {cell["document"]: cell["ratios"][name] for cell in cells if name in cell["ratios"]}
-        inside = [f"{tokens:,}" for tokens, ratio in found.items() if ratio >= BAND[0]]
-        most = f"at most {times(max(found.values(), default=0))}"
-        if inside:
-            above.append(f"the {shown} at {listed(inside)} tokens, {most}")
-        else:
-            below.append(f"the {shown}, {most}")
-    told = f"{BAND[0]}x or more: {'; '.join(above) or 'none'}."
-    return told + (f" Below that at every length: {'; '.join(below)}." if below else "")
-
-
-def by_length(paper: Cell) -> list[str]:
-    found = [says(LENGTH)]
-    groups = kinds(cells_of(paper, "document", "length"))
-    for n, (kind, group) in enumerate(groups.items()):
-        cells = sorted(group, key=lambda cell: cell["document"])
-        used = [name for name in draw.TIMES if any(cell["seconds"].get(name) for cell in cells)]
-        found += [
-            heading(kind),
-            says(RATIOS, reached(cells)),
-            figures(
-                picture(f"s{n}", "Seconds by length", partial(draw.draw_seconds, cells=cells), right=1.4),
-                picture(f"r{n}", "Ratios by length", partial(draw.draw_ratios, cells=cells), right=1.4),
-            ),
-            table(["tokens", "KV", *(draw.TIMES[name] for name in used)], (length_row(cell, used) for cell in cells)),
-            table(
-                ["tokens", *(f"{name} ratio" for name in draw.ratio_names(cells).values())],
-                (
-                    [f"{c['document']:,}", *(times(c["ratios"].get(r, 0)) for r in draw.ratio_names(cells))]
-                    for c in cells
-                ),
-            ),
-        ]
-    return found if groups else [absent(paper, "document")]
-
-
-def length_row(cell: Cell, used: Sequence[str]) -> list[str]:
-    cold = {True: "", False: ", not cold"}.get(cell.get("cold"), ", cold not confirmed")
-    row = [sampled(cell["seconds"].get(name)) + (cold if name == "load_cold" else "") for name in used]
-    return [f"{cell['document']:,}", render_bytes(cell["kv_bytes"]), *row]
-
-
-# -- 4: by agents ------------------------------------------------------------------------------------------------------
-
-AGENTS = (
-    "A step makes one token for every agent, all on one document. The dashed line is one agent from scratch: prefill, question "
-    "and an answer, divided by the answer's 64 tokens; that is measured for one agent and for no more. Bytes are the document's KV and "
-    "the pages of question and answer."
-)
-
-
-def by_agents(paper: Cell) -> list[str]:
-    groups = kinds(cells_of(paper, "document", "agents"))
-    if not groups:
-        return [absent(paper, "document")]
-    found = [says(AGENTS)]
-    for n, (kind, group) in enumerate(groups.items()):
-        cells = sorted(group, key=lambda cell: cell["agents"])
-        found += [
-            heading(f"{kind}, {listed(f'{tokens:,}' for tokens in sorted({c['document'] for c in cells}))} tokens"),
-            says(few_and_many(cells[0], cells[-1])),
-            figures(
-                picture(f"a{n}", "Seconds of an agent's token", partial(draw.draw_agents, cells=cells), right=1.4),
-                picture(f"b{n}", "Bytes an agent", partial(draw.draw_bytes, cells=cells), left=0.9, right=1.4),
-            ),
-            agents_table(cells),
-        ]
-    return found
-
-
-def few_and_many(few: Cell, many: Cell) -> str:
-    if few is many:
-        return ""
-    saved = many["bytes_per_agent_copied"] / many["bytes_per_agent"]
-    return (
-        f"From {few['agents']:,} to {many['agents']:,} agents a token of one agent goes from {seconds(few['step_per_agent_s'])} to "
-        f"{seconds(many['step_per_agent_s'])} over the shared copy; with a copy each, {many['agents']:,} agents would hold "
-        f"{times(saved)} the bytes."
-    )
-
-
-def agents_table(cells: Sequence[Cell]) -> str:
-    others = list(dict.fromkeys(name for cell in cells for name in cell["seconds"] if name != "step"))
-    head = ["agents", "step of all", "an agent", *(f"step, {draw.STEPS.get(name, name)}" for name in others)]
-    head += ["bytes an agent", "with a copy each", "one from scratch, whole answer"]
-
-    def row(cell: Cell) -> list[str]:
-        return [
-            f"{cell['agents']:,}",
-            sampled(cell["seconds"]["step"]),
-            seconds(cell["step_per_agent_s"]),
-            *(sampled(cell["seconds"].get(name)) for name in others),
-            render_bytes(cell["bytes_per_agent"]),
-            render_bytes(cell["bytes_per_agent_copied"]),
-            seconds(cell["scratch_one_s"]) if "scratch_one_s" in cell else MISSING,
-        ]
-
-    return table(head, map(row, cells))
-
-
-# -- 5: exactness ------------------------------------------------------------------------------------------------------
-
-COMPARED = {"shape", "questions", "tokens", "equal", "flips", "seconds", "commit"}
-
-EXACT = (
-    "Greedy answers over the document's KV, each token held against the largest logit of transformers' own attention from scratch, up "
-    "to an answer's first that is another; what is kept there is the gap of the two largest logits. Rounding alone can turn a gap near "
-    "zero; a large gap would be a wrong answer."
-)
-
-
-def exactness(paper: Cell) -> list[str]:
-    results = cells_of(paper, "exactness")
-    if not results:
-        return [absent(paper, "exactness")]
-    parts = {name: cells_of(paper, "exactness", name) for name in ("tokens", "rounded", "logits")}
-    critics = [result for result in results if result["shape"].get("part") not in parts]
-    answers = [result for result in results if "equal" in result]
-    found = [says(EXACT, all_equal(parts["tokens"]))]
-    gaps = [(way_of(r), [flip["gap"] for flip in r["flips"]], part_colour(r)) for r in answers if r["flips"]]
-    if gaps:
-        height = 1.1 + 0.28 * len(gaps)
-        title = "Gaps where a token is another"
-        found.append(figures(picture("g", title, partial(draw.draw_gaps, rows=gaps), width=8, height=height, left=3)))
-    for title, cells in (
-        ("Reuse against from scratch", parts["tokens"]),
-        ("Rounded KV: what is lost", parts["rounded"]),
-    ):
-        found += [heading(title), compared_table(cells) if cells else says(MISSING)]
-    found += [heading("What the critics asked"), critics_table(critics) if critics else says(MISSING)]
-    found += [heading("Logits in 16 bits")]
-    return [*found, logits_table(parts["logits"]) if parts["logits"] else says(MISSING)]
-
-
-def all_equal(cells: Sequence[Cell]) -> str:
-    if not cells:
-        return ""
-    equal, tokens = sum(r["equal"] for r in cells), sum(r["tokens"] for r in cells)
-    gaps = [flip["gap"] for r in cells for flip in r["flips"]]
-    most = f", the gap there at most {max(gaps):.2g}" if gaps else ""
-    other = f"{len(gaps):,} {'answer has' if len(gaps) == 1 else 'answers have'} another token{most}"
-    return f"{equal:,} of {tokens:,} tokens over KV that is not rounded are equal; {other}."
-
-
-def way_of(result: Cell) -> str:
-    shape = result["shape"]
-    return f"{shape['way']}, {shape['P']:,} tokens, {shape['dtype']}"
-
-
-def part_colour(result: Cell) -> str:
-    return {"tokens": draw.BLUE, "rounded": draw.ORANGE}.get(result["shape"]["part"], draw.RED)
-
-
-def compared_row(result: Cell) -> list[str]:
-    gaps = sorted(flip["gap"] for flip in result["flips"])
-    return [
-        way_of(result),
-        result["shape"]["model"],
-        f"{result['questions']:,}",
-        f"{result['tokens']:,}",
-        f"{result['equal']:,}",
-        share(result["equal"] / result["tokens"]) if result["tokens"] else "",
-        f"{len(gaps):,}",
-        f"{gaps[0]:.2g} to {gaps[-1]:.2g}" if gaps else "",
-    ]
-
-
-COLUMNS = "way | model | questions | tokens compared | equal | share | answers with another token | gaps there"
-
-
-def compared_table(cells: Iterable[Cell]) -> str:
-    return table(COLUMNS, map(compared_row, cells))
-
-
-def critics_table(cells: Iterable[Cell]) -> str:
-    """What else a result says of itself, such as the error that refuses it, stands behind what it would have cost."""
-
-    def row(result: Cell) -> list[str]:
-        beside = {name: x for name, x in result.items() if name not in COMPARED and isinstance(x, str | int | float)}
-        told = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in beside.items())
-        own = compared_row(result) if "equal" in result else [way_of(result), *[""] * COLUMNS.count("|")]
-        return [f"{result['shape']['part']}: {own[0]}", *own[1:], told]
-
-    return table(f"{COLUMNS} | beside", map(row, cells), "text")
-
-
-def logits_table(cells: Iterable[Cell]) -> str:
-    rows = [
-        [way_of(r), how, f"{r['questions']:,}", f"{r['max_error'][how]:.3g}", f"{r['mean_error'][how]:.3g}"]
-        for r in cells
-        for how in r["max_error"]
-    ]
-    told = says(
-        "Logits of an answer's first token by their distance from those in fp64; sdpa is transformers from scratch."
-    )
-    return told + table("logits | by | questions | largest error | mean error", rows)
-
-
-# -- 6: compression ----------------------------------------------------------------------------------------------------
-
-
-def compression(paper: Cell) -> list[str]:
-    groups = kinds(cells_of(paper, "compression"), ("model", "dtype", "P"))
-    if not groups:
-        return [absent(paper, "compression")]
-    rule = f"smaller by {draw.SMALLER} % or more, decompressed at more than {draw.FAST} GB/s on one core or faster than the disk"
-    found = [
-        says(
-            "Every layer's K and V is a frame of its own; what is unpacked equals what was packed bit by bit, by its digests. Speeds are "
-            "of one core's time, GB are 10^9 bytes before compression. "
-            f"A form pays if it is {rule}; the dashed line and the shaded corner say so."
-        )
-    ]
-    found += [
-        says(f"{a['shape']['model']}, {a['shape']['dtype']}: {a['text']}.")
-        for a in part_of(paper, "compression").get("answers", ())
-    ]
-    for n, (kind, cells) in enumerate(groups.items()):
-        height = 1 + 0.2 * len(cells)
-        found += [
-            heading(f"{kind} tokens"),
-            figures(
-                picture(f"z{n}", f"Size: {kind}", partial(draw.draw_sizes, cells=cells), height=height, left=1.4),
-                picture(f"v{n}", f"Speed: {kind}", partial(draw.draw_speeds, cells=cells), right=1.2),
-            ),
-            compression_table(cells),
-        ]
-    return found
-
-
-def compression_table(cells: Iterable[Cell]) -> str:
-    def row(cell: Cell) -> list[str]:
-        verdicts, disk = cell["verdicts"], cell["disk"]
-        packing = sum(median(cell["core_seconds"][f"compress_{part}"]) or 0 for part in "KV")
-        cold = {True: "", False: " (not cold)"}.get(disk["cold"], " (cold not confirmed)")
-        return [
-            f"{cell['shape']['form']} {cell['shape']['codec']}",
-            *(f"{100 * verdicts[part]['smaller']:.1f} %" for part in ("all", "K", "V")),
-            f"{digits(sum(cell['before'].values()) / packing / 1e9)} GB/s",
-            f"{digits(verdicts['all']['bytes_per_s'] / 1e9)} GB/s",
-            f"{digits(disk['bytes'] / (median(disk['seconds']) or 1) / 1e9)} GB/s{cold}",
-            ("yes" if verdicts["all"]["pays"] else "no")
-            + ("" if verdicts["all"].get("steady", True) else ", not in every sample"),
-        ]
-
-    return table("form | smaller | K | V | compress | decompress | disk | pays", map(row, cells))
-
-
-# -- 7: prices ---------------------------------------------------------------------------------------------------------
+# -- prices ------------------------------------------------------------------------------------------------------------
 
 
 def priced(paper: Cell) -> list[tuple[str, Cell, Cell]]:
@@ -466,7 +176,7 @@ def price_row(name: str, fields: Cell, costs: Cell) -> list[str]:
     ]
 
 
-# -- 8: 80 million agents ----------------------------------------------------------------------------------------------
+# -- 80 million agents -------------------------------------------------------------------------------------------------
 
 WAITS = {
     "first_p50_s": "first token, p50",
@@ -584,13 +294,10 @@ def render(paper: Cell, claims: Sequence[Cell]) -> str:
 
 
 def figure(paper: Cell) -> str:
-    """The README's: ratios by length, and an agent's token by agents, of the first model and dtype."""
+    """The README's: seconds by length, and the three ratios, of the first model and dtype."""
     panels = []
-    for part, title, drawn in (
-        ("length", "Ratios by length", draw.draw_ratios),
-        ("agents", "Seconds of an agent's token", draw.draw_agents),
-    ):
-        for kind, cells in list(kinds(cells_of(paper, "document", part)).items())[:1]:
-            panels.append((title, kind, partial(drawn, cells=cells)))
+    for kind, cells in list(kinds(cells_of(paper, "document", "length")).items())[:1]:
+        for title, drawn in (("Seconds by length", draw.draw_seconds), ("Ratios by length", draw.draw_ratios)):
+            panels.append((title, kind, partial(drawn, cells=sorted(cells, key=lambda cell: cell["document"]))))
     with draw.style():
         return draw.side_by_side(panels)

@@ -134,3 +134,28 @@ def page(title: str, about: str, sections: Iterable[tuple[str, str]]) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>\n'
         f"<style>\n{CSS}\n</style></head>\n<body><h1>{escape(title)}</h1>\n{says(about)}{body}</body></html>\n"
     )
+
+
+# -- paper.json --------------------------------------------------------------------------------------------------------
+
+
+def absent(paper: Cell, part: str) -> str:
+    reason = paper.get("missing", {}).get(part)
+    return says(f"{MISSING}: {reason}" if reason else MISSING)
+
+
+def kinds(results: Iterable[Cell], names: Sequence[str] = ("model", "dtype")) -> dict[str, list[Cell]]:
+    """Results by what they are of."""
+    found: dict[str, list[Cell]] = {}
+    for result in results:
+        found.setdefault(", ".join(str(result["shape"].get(name)) for name in names), []).append(result)
+    return found
+
+
+def part_of(paper: Cell, name: str) -> Any:
+    return paper.get("parts", {}).get(name) or {}
+
+
+def cells_of(paper: Cell, part: str, *wanted: str) -> list[Cell]:
+    """Results of a part whose shape's part is one of those wanted."""
+    return [r for r in part_of(paper, part).get("results", ()) if not wanted or r["shape"].get("part") in wanted]
