@@ -167,9 +167,15 @@ def model_dtype(bench: Bench) -> str:
     chosen, cuda = bench.options, bench.device.type == "cuda"
     if chosen.dtype:
         return str(chosen.dtype)
-    if cuda:
-        return "bfloat16" if chosen.tiny or chosen.random_qwen3_4b else opening.dtype_for(bench.device)
-    return "bfloat16" if _C.instruction_sets()[0] == "avx512bf16" and not chosen.tiny else "float32"
+    if chosen.tiny:
+        return "bfloat16" if cuda else "float32"
+    return "bfloat16" if cuda and chosen.random_qwen3_4b else dtype_for(bench.device)
+
+
+def dtype_for(device: torch.device) -> opening.Dtype:
+    """As kvkern.opening's, but bf16 on a CPU that multiplies it."""
+    cpu = device.type == "cpu"
+    return "bfloat16" if cpu and _C.instruction_sets()[0] == "avx512bf16" else opening.dtype_for(device)
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ to each other. With --pools replicas are parted into pools, each with documents 
 
 Without --steps a step's time is by arithmetic from data sheets and an assumed --efficiency, and the result says so: nothing of
 it is measured. Prices are assumptions too. --measure lets SmolLM2 answer on this machine, fits on batches of 16, 128 and 512
-agents, and compares the makespan that the simulator predicts for 64, 256 and 1,024 with the engine's.
+agents, and compares the makespan that the simulator predicts for 64, 256 and 1,024 with the engine's. With --steps FILE of such
+a run a replica is that machine: the file's sizes of model and memory, an hour of it at an assumed price (--gpu-hour), and users
+whose own machines are as fast, take the place of the defaults; options override them.
 
                                   prefill      copies      shared      ship
     replicas                          <n>         <n>         <n>         0
@@ -52,6 +54,9 @@ from kvkern import console
 from kvkern.errors import KvkernError, RequestError
 
 MONTH_S = 30 * 86400.0
+
+CPU_HOUR, CPU_RESERVE = 0.10, 2e9
+"""Of a CPU that was measured: dollars for an hour, assumed for two cores, and bytes that are kept for other things."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -403,12 +408,26 @@ def options() -> argparse.ArgumentParser:
     group = parser.add_argument_group("--measure")
     group.add_argument("--measure", action="store_true", help="fit to the engine on this machine, and judge")
     group.add_argument("--model", default=None, help="folder of a checkpoint; the demo's own by default")
+    group.add_argument(
+        "--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="as bench_document.py's"
+    )
     group.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread where others work too")
     group.add_argument("--fit-agents", type=int, nargs="+", default=[16, 128, 512])
     group.add_argument("--judge-agents", type=int, nargs="+", default=[64, 256, 1024])
     group.add_argument("--measure-document", type=int, default=512, help="tokens (default: 512)")
     group.add_argument("--measure-answer", type=int, default=24, help="tokens (default: 24)")
     return parser
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with those of a measured machine as defaults where --steps names one."""
+    parser = options()
+    chosen = parser.parse_args(argv)
+    if chosen.steps is None or chosen.measure:
+        return chosen
+    _, content = read_steps(chosen.steps)
+    parser.set_defaults(**content.get("inputs", {}))
+    return parser.parse_args(argv)
 
 
 def _inputs(chosen: argparse.Namespace) -> Inputs:
@@ -420,10 +439,14 @@ def _inputs(chosen: argparse.Namespace) -> Inputs:
 
 def read_steps(path: Path) -> tuple[StepModel, dict[str, Any]]:
     """The fitted model of a file that --measure has written, and the file. Raises RequestError for any other."""
+    known = {one.name for kind in (Machine, Prices) for one in dataclasses.fields(kind)}
     try:
         content = json.loads(path.read_text())
+        for name, value in content.get("inputs", {}).items():
+            if name not in known or isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"inputs.{name}")
         return StepModel(**content["model_of_steps"]), content
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         needed = "a file that --measure has written"
         raise RequestError("steps", found=f"{path}: {error}", needed=needed, do="run with --measure first") from None
 
@@ -451,6 +474,30 @@ def makespan(run: dict[str, Any], seconds: StepModel) -> float:
     return serve(replica, Trace(zeros, zeros.astype(int), *sizes, np.array([run["document"]])), warm=[0]).end_s
 
 
+def inputs_of(model: Any, seconds: StepModel) -> dict[str, float]:
+    """What a replica is made of where its steps are measured: the model's sizes, this machine's memory; prices stay assumed."""
+    import torch
+
+    from kvkern.identity import model_geometry
+
+    weights, geometry = list(model.parameters()), model_geometry(model)
+    parameters, text, machine = sum(p.numel() for p in weights), Workload(), {}
+    if weights[0].device.type == "cuda":
+        machine["memory_bytes"] = float(torch.cuda.get_device_properties(weights[0].device).total_memory)
+    else:
+        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        # What a CPU computes from and what it keeps documents in is the same memory.
+        machine |= {"memory_bytes": memory, "reserve_bytes": CPU_RESERVE, "host_bytes": 0.0, "gpu_hour": CPU_HOUR}
+    document = text.document_tokens
+    return machine | {
+        "parameters": float(parameters),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in weights) / parameters,
+        "token_bytes": float(geometry.token_bytes()),
+        "attention_flop": 4.0 * geometry.layers * geometry.num_qo_heads * geometry.head_dim,
+        "user_step_s": seconds(1, 0, document, document, text.question_tokens + text.answer_tokens),
+    }
+
+
 def judge(measured: Iterable[dict[str, Any]], seconds: StepModel) -> list[dict[str, Any]]:
     """Predicted and measured makespan of each run, and (predicted - measured) / measured."""
     judged = []
@@ -465,13 +512,15 @@ def judge(measured: Iterable[dict[str, Any]], seconds: StepModel) -> list[dict[s
 def measured(chosen: argparse.Namespace) -> None:
     """--measure: run the engine, fit, judge, print, and write --steps."""
     import torch
+    from bench_document import dtype_for
     from harness import machine
 
     from kvkern import opening
     from kvkern.demo_model import demo_model
 
-    name = chosen.model or str(demo_model())
-    model, tokenizer = opening.open_model(name, None, opening.device_of(None))
+    name, device = chosen.model or str(demo_model()), opening.device_of(None)
+    dtype = chosen.dtype or dtype_for(device)
+    model, tokenizer = opening.open_model(name, dtype, device)
     planned = runs(
         chosen.fit_agents, chosen.judge_agents, document=chosen.measure_document, answer=chosen.measure_answer
     )
@@ -493,8 +542,8 @@ def measured(chosen: argparse.Namespace) -> None:
     worst = max(abs(line["error"]) for line in judged if line["use"] == "judge")
     console.say(f"largest error where it was not fitted: {100 * worst:.1f} % (aim: 10 %)")
     if chosen.steps is not None:
-        content = {"machine": machine(torch.device("cpu")), "versions": versions(), "model": Path(name).name}
-        content |= {"clock": chosen.clock, "threads": torch.get_num_threads()}
+        content = {"machine": machine(device), "versions": versions(), "model": Path(name).name, "dtype": dtype}
+        content |= {"clock": chosen.clock, "threads": torch.get_num_threads(), "inputs": inputs_of(model, seconds)}
         content |= {"seed": chosen.seed, "model_of_steps": seconds.fields(), "judged": judged, "runs": done}
         write(chosen.steps, content)
 
@@ -514,7 +563,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return {
         "inputs": asdict(inputs) | {"replicas": chosen.replicas, "whole": chosen.whole},
         "model_of_steps": steps.fields(),
-        "measured_on": beside and {key: beside.get(key) for key in ("machine", "model")},
+        "measured_on": beside and {key: beside.get(key) for key in ("machine", "model", "dtype")},
         "versions": versions(),
         "seconds": time.monotonic() - started,
         "results": results,
@@ -522,8 +571,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    chosen = options().parse_args(argv)
     try:
+        chosen = parsed(argv)
         if chosen.measure:
             measured(chosen)
             return 0

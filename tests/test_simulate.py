@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -487,7 +487,8 @@ def test_the_command_writes_inputs_versions_and_results(tmp_path, capsys):
     assert [r["policy"] for r in content["results"]] == ["prefill", "copies", "shared", "ship"]
     assert content["inputs"]["sampling"]["seed"] == 0 and content["inputs"]["workload"]["agents"] == 3000
     assert (
-        content["measured_on"] == {"machine": {}, "model": "tiny"} and {"kvkern", "numpy"} <= content["versions"].keys()
+        content["measured_on"] == {"machine": {}, "model": "tiny", "dtype": None}
+        and {"kvkern", "numpy"} <= content["versions"].keys()
     )
     assert "time to first token, p99, s" in out and "3,000 agents; a step: a test" in out
     assert "queue_mean" not in content["results"][3]["estimates"] and "hit_rate" in content["results"][2]["estimates"]
@@ -508,7 +509,7 @@ def test_measure_fits_judges_and_writes_what_simulate_reads(tmp_path, capsys):
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     argv = ["--measure", "--model", str(folder), "--steps", str(path), "--clock", "cpu", "--measure-answer", "3"]
-    argv += ["--fit-agents", "2", "4", "--judge-agents", "3", "--measure-document", "70"]
+    argv += ["--fit-agents", "2", "4", "--judge-agents", "3", "--measure-document", "70", "--dtype", "float32"]
     assert sim.main(argv) == 0
     out, content = capsys.readouterr().out, json.loads(path.read_text())
     assert "predicted" in out and "largest error where it was not fitted" in out
@@ -516,7 +517,28 @@ def test_measure_fits_judges_and_writes_what_simulate_reads(tmp_path, capsys):
     assert content["model_of_steps"]["source"] == f"fitted to {len(used)} measured steps"
     assert [line["agents"] for line in content["judged"] if line["use"] == "judge"] == [3]
     model, _ = sim.read_steps(path)
-    assert model == fit(used) and content["clock"] == "cpu"
+    assert model == fit(used) and content["clock"] == "cpu" and content["dtype"] == "float32"
+    # A replica is that machine, as far as no option says otherwise.
+    geometry, inputs = tiny_model().config, content["inputs"]
+    assert (
+        inputs["token_bytes"] == 4 * 2 * geometry.num_hidden_layers * geometry.num_key_value_heads * geometry.head_dim
+    )
+    assert inputs["weight_bytes"] == 4 and inputs["host_bytes"] == 0 and inputs["memory_bytes"] > 1e9
+    step = model(1, 0, 3774, 3774, 16 + 64)
+    assert inputs["user_step_s"] == pytest.approx(step)
+    chosen = sim._inputs(sim.parsed(["--steps", str(path), "--gpu-hour", "7", "--agents", "90"]))
+    assert asdict(chosen.machine) == asdict(Machine()) | {k: inputs[k] for k in inputs if hasattr(Machine(), k)}
+    assert chosen.prices == Prices(gpu_hour=7.0, user_step_s=inputs["user_step_s"]) and chosen.workload.agents == 90
+    # A file is measured anew whatever it holds.
+    assert sim.parsed(["--measure", "--steps", str(path)]).gpu_hour == Prices().gpu_hour
+
+
+@pytest.mark.parametrize("inputs", [{"agents": 3}, {"gpu_hour": "3"}, {"gpu_hour": True}, [1], {"model": 1}])
+def test_a_file_of_steps_sets_a_machine_and_prices_and_nothing_else(tmp_path, capsys, inputs):
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({"model_of_steps": STEPS.fields(), "inputs": inputs}))
+    assert sim.main([*TINY, "--policies", "shared", "--steps", str(path)]) == 1
+    assert "Error: steps: found " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
