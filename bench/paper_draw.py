@@ -190,10 +190,10 @@ def bars(ax: Axes, rows: Sequence[tuple[str, float, str]], label: str, show: Cal
         label += ", logarithmic"
     else:
         ax.set_xlim(0, 1.3 * most or 1)
+    where = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     for n, value in enumerate(values):
-        ax.annotate(
-            show(value), (max(value, ax.get_xlim()[0]), n), (4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        ax.annotate(show(value), (max(value, ax.get_xlim()[0]), n), (4, 0), bbox=white, **where)
     ax.set_xlabel(label)
 
 

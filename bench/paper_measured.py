@@ -297,12 +297,12 @@ def compression(paper: Cell) -> list[str]:
     groups = kinds(cells_of(paper, "compression"), ("model", "dtype", "P"))
     if not groups:
         return [absent(paper, "compression")]
-    rule = f"smaller by {draw.SMALLER} % or more, decompressed at more than {draw.FAST} GB/s on one core or faster than the disk"
     found = [
         says(
             "Every layer's K and V is a frame of its own; what is unpacked equals what was packed bit by bit, by its digests. Speeds are "
-            "of one core's time, GB are 10^9 bytes before compression. "
-            f"A form pays if it is {rule}; the dashed line and the shaded corner say so."
+            "of one core's time, GB are 10^9 bytes before compression. A form pays if it is smaller by "
+            f"{draw.SMALLER} % or more (the dashed line) and unpacks at more than {draw.FAST} GB/s on one core (with it, the shaded "
+            "corner) or faster than the disk."
         )
     ]
     found += [
