@@ -1,6 +1,6 @@
 """Whether answers over a document's KV are those from scratch: many questions, several ways to the same KV, and KV that is not it.
 
-    python bench/exactness.py [--questions 1000] [--long-questions 16] [--full] [--tokens 32] [--seconds 900] [--here | --out FOLDER]
+    python bench/exactness.py [--questions 1000] [--long-questions 16] [--full] [--tokens 32] [--seconds 450] [--here | --out FOLDER]
 
 Greedy answers to questions about documents of 255 and 3,774 tokens, of the real model in fp32 (--model, --dtype), by these ways:
 
@@ -12,22 +12,43 @@ or for each of their channels, fp8 e4m3 with a scale per tensor.
 
 From scratch is transformers' own attention over document, question and the tokens of the answer in one forward: where each of
 these tokens is the largest logit, greedy decoding from scratch gives this answer. At the first that is not, the tokens after it
-are compared with nothing, and the gap between the two largest logits is kept: rounding alone can turn a gap near zero.
+are compared with nothing, and the gap between the two largest logits is kept: rounding alone can turn a gap near zero. What a
+forward has said of a document, a question and the tokens so far is not asked again for another way.
 
-order: what it would cost to take the document's KV where another system prompt stands before it (kvkern refuses: its tokens are
-others): the answers over the document beside those from scratch with that prompt.
+Over the shortest document, for a reader who means other tokens than the publisher: whether kvkern refuses and by which error, and
+what it would cost if it did not, answers over the KV as it stands beside those from scratch of what the reader means.
 
-bf16: logits of the first token of an answer, kvkern's and transformers' in bf16, each by its distance from those in fp64.
+    order         another system prompt stands before the document
+    template      the reader's tokenizer has another chat template
+    tokenizer     it cuts text otherwise; questions are in its tokens, the KV is of the publisher's
+    unchanged     the control: a tokenizer made again of the same parts, not refused, all tokens equal
 
-Fields of exactness.json, a result per document and way: shape (part, P, way), questions, tokens (compared), equal, flips (question,
-token, got, wanted, gap), seconds; of the part "logits": max_error and mean_error by name, over all questions and the vocabulary.
-After each the file is written; what it holds is skipped. --full: all questions over the long document too.
+logits, in each of three dtypes: the largest difference between kvkern's and transformers' over all tokens of answers, and the
+distance of both from fp64 at the first. RoPE's frequencies are fp32 in all of them, norms are fp64 in fp64.
+
+Of 1,000 questions the first 64 are judged first, then all else is measured, then the others. No part begins and no answer is
+judged after --seconds; after each part the file is written. What a run leaves, and one that is stopped, the next takes up: answers
+and verdicts stand in exactness.begun until all is done, at most half a minute old. 2 cores need about 20 minutes for all of it.
+
+Fields of exactness.json, a result per document and way: shape (part, P, way, model, dtype, new), asked (questions of the part),
+questions (judged so far), answer_tokens (of their answers), tokens (of these compared), equal, first_tokens_other (answers whose
+first token is another), flips (question, token, got, wanted, gap), seconds; of order, template, tokenizer and unchanged also
+refused, and if so refused_by, error, field and message; published_tokens and meant_tokens of the document, and other_tokens, those
+of the meant that are not among the published, in order. Of logits: questions, tokens, tokens_equal, difference, mean_difference,
+and by name max_error, mean_error, first_tokens_equal (to fp64). --full: --questions over the longer documents too, however long.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import difflib
+import functools
+import hashlib
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,12 +60,15 @@ from typing import Any
 
 import bench_engine
 import torch
-from harness import Bench, shown
+from harness import Bench, machine, shown
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import kvkern
 from kvkern import demo, opening
 from kvkern.demo_model import demo_model
+from kvkern.errors import KvkernError
 from kvkern.publish import Document
 
 FRAMES = (
@@ -55,10 +79,20 @@ FRAMES = (
 )
 """Each question of the package's file in so many words, until there are enough."""
 
-FEW = {"batch 256": None, "batch 1": 32, "file": 64}
-"""Questions of each way at most; None: all."""
-ROUNDED = 32
-"""Questions over rounded KV, in another order, and over logits."""
+SHORT = 1024
+"""Documents of more tokens are asked --long-questions."""
+WAVE = 256
+"""Questions that an engine is given at once, and agents of "batch 256"."""
+FIRST = 64
+"""Questions over a short document that are judged before all else."""
+CHANGED = ("unchanged", "order", "template", "tokenizer")
+"""Parts whose reader means other tokens than the publisher."""
+MOST = {"batch 1": 8, "file": 32, "rounded": 32, "logits": 8, **dict.fromkeys(CHANGED, 12)}
+"""Questions of a way or a part at most; those that are not here have all."""
+LOGITS = ("float32", "bfloat16", "float16")
+SAVED_S = 20.0
+"""Seconds between two writes of what is begun, and between two lines of progress."""
+
 PROMPT = "You are a patient lawyer who answers in plain words, and never in more of them than needed.\n\n"
 """A system prompt that the document's KV knows nothing of."""
 
@@ -67,52 +101,71 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, help="a folder of a model; by default the demo's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--documents", type=int, nargs="+", default=[255, 3774], help="lengths in tokens")
-    parser.add_argument("--questions", type=int, default=1000, help="over the documents of up to 1,024 tokens")
+    parser.add_argument(
+        "--questions", type=int, default=None, help=f"over the documents of up to {SHORT:,} tokens: 1,000; --tiny: 24"
+    )
     parser.add_argument("--long-questions", type=int, default=16, help="over longer ones")
     parser.add_argument("--full", action="store_true", help="--questions over the longer ones too")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
-    parser.add_argument("--seconds", type=float, default=900.0, help="no part begins after these")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=None,
+        help="no part begins and no answer is judged after these: 450; --full: no end",
+    )
     parser.add_argument("--tiny", action="store_true", help="a small random model: to see that all of it runs")
 
 
 # -- documents and questions -------------------------------------------------------------------------------------------
 
 
+TURNS = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def small_tokenizer(vocab_size: int) -> Any:
+    """Bytes, and the merges that the demo's document asks for first."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([opening.read_document(demo.DATA / demo.DOCUMENT)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[2], pad_token=special[0])
+    tokenizer.chat_template = TURNS
+    return tokenizer
+
+
 class Subject:
-    """A model, with documents of token ids and questions of token ids about them."""
+    """A model with its tokenizer, documents and questions."""
 
     def __init__(self, bench: Bench) -> None:
         chosen = bench.options
         self.tiny, self.name = chosen.tiny, chosen.model or str(demo_model()) if not chosen.tiny else "tiny"
         if chosen.tiny:
             self.model = bench_engine.random_model(bench_engine.SMALL, bench.device)
-            self.tokenizer = bench_engine.words(self.model.config.vocab_size)
-            return
-        self.model, self.tokenizer = opening.open_model(self.name, chosen.dtype, bench.device)
+            self.tokenizer = small_tokenizer(self.model.config.vocab_size)
+        else:
+            self.model, self.tokenizer = opening.open_model(self.name, chosen.dtype, bench.device)
 
-    def document(self, tokens: int, prompt: str = "") -> Document:
-        """prompt: what stands before the document; of the tiny model's so many tokens."""
-        if self.tiny:
-            # The same at every call.
-            size, drawn = self.model.config.vocab_size, torch.Generator().manual_seed(tokens)
-            before = torch.arange(len(prompt)) % size
-            ids = torch.cat([before, torch.randint(size, (tokens,), generator=drawn)])
-            return kvkern.publish(self.model, None, ids)
-        text, _ = demo._cut(self.tokenizer, opening.read_document(demo.DATA / demo.DOCUMENT), tokens)
-        return kvkern.publish(self.model, self.tokenizer, prompt + text)
+    def text(self, tokens: int) -> str:
+        """The beginning of the demo's document, so many tokens without a template."""
+        return demo._cut(self.tokenizer, opening.read_document(demo.DATA / demo.DOCUMENT), tokens)[0]
 
-    def questions(self, count: int) -> list[Any]:
-        """Texts, or of the tiny model token ids."""
-        if self.tiny:
-            return [bench_engine.draw(5 + n % 7, self.model.config.vocab_size) for n in range(count)]
+    def document(self, tokens: int) -> Document:
+        return kvkern.publish(self.model, self.tokenizer, self.text(tokens))
+
+    def questions(self, count: int) -> list[str]:
         asked = opening.read_questions(demo.DATA / "questions.jsonl")
         framed = [frame.format(question) for frame in FRAMES for question in asked]
         if count > len(framed):
             raise SystemExit(f"--questions: found {count}, needed at most {len(framed)}\n  do: ask fewer")
         return framed[:count]
-
-    def suffixes(self, document: Document, questions: Sequence[Any]) -> list[list[int]]:
-        return [list(q) for q in questions] if self.tiny else document.encode_ids(questions)
 
 
 @contextmanager
@@ -122,6 +175,48 @@ def attention(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation("kvkern")
+
+
+# -- what is begun -----------------------------------------------------------------------------------------------------
+
+
+class Begun:
+    """Answers and verdicts so far, in a file beside the results until all is done: what a run left, the next need not repeat.
+
+    answers  by part: token ids of the answer to each of its first questions
+    said     by model, tokens so far and question: the tokens that greedy decoding from scratch gives, as far as it is known, and
+             at each the gap between its logit and the next
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.path = None if bench.path is None else bench.path.with_suffix(".begun")
+        self.facts = {fact: machine(bench.device).get(fact) for fact in ("device", "gpu", "cpu", "threads", "versions")}
+        self.answers: dict[str, list[list[int]]] = {}
+        self.said: dict[str, list[list[Any]]] = {}
+        self.saved = time.monotonic()
+        if self.path is not None and self.path.exists():
+            held = json.loads(self.path.read_text())
+            if held["facts"] == self.facts:
+                self.answers, self.said = held["answers"], held["said"]
+
+    def save(self) -> None:
+        self.saved = time.monotonic()
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".begun.partial")
+        partial.write_text(json.dumps({"facts": self.facts, "answers": self.answers, "said": self.said}))
+        os.replace(partial, self.path)
+
+    def tick(self, text: Callable[[], str]) -> None:
+        """Every so many seconds: write the file, and a line for who waits."""
+        if time.monotonic() - self.saved > SAVED_S:
+            self.save()
+            print(f"exact    {text()}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 # -- answers, and what is true -----------------------------------------------------------------------------------------
@@ -156,24 +251,83 @@ def answers_of_a_process(
     return [list(line["token_ids"]) for line in lines]
 
 
-@torch.no_grad()
+def first_other(found: Sequence[int], wanted: Sequence[int]) -> int:
+    """Where the two part, or the shorter ends."""
+    pairs = enumerate(zip(found, wanted, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(found), len(wanted)))
+
+
+class Scratch:
+    """Greedy decoding from scratch by transformers' own attention, as far as answers have asked what it says.
+
+    A token of it depends on those before alone. So what one way's answer has brought to light judges another way's too, up
+    to where the two part; only beyond what is known is there another forward.
+    """
+
+    def __init__(self, model: Any, name: str, begun: Begun) -> None:
+        self.model, self.name, self.begun = model, name, begun
+
+    def key(self, ids: Sequence[int], suffix: Sequence[int]) -> str:
+        return hashlib.sha256(json.dumps([self.name, list(ids), list(suffix)]).encode()).hexdigest()
+
+    def knows(self, key: str, answer: Sequence[int]) -> bool:
+        """Whether an answer can be judged without a forward."""
+        tokens, _ = self.begun.said.get(key, ([], []))
+        return first_other(answer, tokens) < len(tokens) or len(tokens) >= len(answer)
+
+    @torch.no_grad()
+    def says(self, ids: Sequence[int], suffix: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[float]]:
+        """Its tokens and gaps, at least as far as the answer's first that is another."""
+        key = self.key(ids, suffix)
+        if not self.knows(key, answer):
+            with attention(self.model, "sdpa"):
+                whole = torch.tensor([[*ids, *suffix, *answer[:-1]]], device=self.model.device)
+                logits = self.model(whole, logits_to_keep=len(answer), use_cache=False).logits[0].float()
+            top = logits.topk(2)
+            tokens, gaps = top.indices[:, 0].tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
+            known = first_other(answer, tokens) + 1
+            self.begun.said[key] = [tokens[:known], gaps[:known]]
+        tokens, gaps = self.begun.said[key]
+        return tokens, gaps
+
+
+def never() -> bool:
+    return False
+
+
 def compared(
-    model: Any, document: Document, suffixes: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
+    scratch: Scratch,
+    document: Document,
+    suffixes: Sequence[Sequence[int]],
+    found: Sequence[Sequence[int]],
+    late: Callable[[], bool] = never,
 ) -> dict[str, Any]:
-    """Every token of every answer beside the largest logit from scratch, up to an answer's first that is another."""
-    ids, tokens, equal, flips = document.path_token_ids().tolist(), 0, 0, []
-    with attention(model, "sdpa"):
-        for n, (suffix, answer) in enumerate(zip(suffixes, found, strict=True)):
-            whole = torch.tensor([[*ids, *suffix, *answer[:-1]]], device=model.device)
-            logits = model(whole, logits_to_keep=len(answer)).logits[0].float()
-            wanted = logits.argmax(-1).tolist()
-            first = next((i for i, (a, b) in enumerate(zip(answer, wanted, strict=True)) if a != b), len(answer))
-            tokens, equal = tokens + min(first + 1, len(answer)), equal + first
-            if first < len(answer):
-                top = logits[first].topk(2).values
-                flip = {"question": n, "token": first, "got": answer[first], "wanted": wanted[first]}
-                flips.append({**flip, "gap": (top[0] - top[1]).item()})
-    return {"questions": len(found), "tokens": tokens, "equal": equal, "flips": flips}
+    """Every token of every answer beside the one from scratch, up to an answer's first that is another.
+
+    late  asked before a forward, after the first answer: whether to judge no more
+    """
+    ids = document.path_token_ids().tolist()
+    questions, answer_tokens, tokens, equal, flips = 0, 0, 0, 0, []
+    for n, (suffix, answer) in enumerate(zip(suffixes, found, strict=True)):
+        if n and late() and not scratch.knows(scratch.key(ids, suffix), answer):
+            break
+        wanted, gaps = scratch.says(ids, suffix, answer)
+        first = first_other(answer, wanted)
+        questions, answer_tokens = n + 1, answer_tokens + len(answer)
+        tokens, equal = tokens + min(first + 1, len(answer)), equal + first
+        if first < len(answer):
+            flip = {"question": n, "token": first, "got": answer[first], "wanted": wanted[first]}
+            flips.append({**flip, "gap": gaps[first]})
+        scratch.begun.tick(lambda n=n: f"{n + 1} of {len(found)} answers judged, {len(flips)} flips")  # type: ignore[misc]
+    others = sum(flip["token"] == 0 for flip in flips)
+    return {
+        "questions": questions,
+        "answer_tokens": answer_tokens,
+        "tokens": tokens,
+        "equal": equal,
+        "first_tokens_other": others,
+        "flips": flips,
+    }
 
 
 # -- KV that is not the document's -------------------------------------------------------------------------------------
@@ -209,134 +363,361 @@ def altered(document: Document, form: Callable[[Tensor], Tensor]) -> Document:
     return other
 
 
-# -- logits in 16 bits -------------------------------------------------------------------------------------------------
+# -- a reader who means other tokens -----------------------------------------------------------------------------------
+
+
+DEFAULT = "You are a helpful AI assistant. Your knowledge ends in June 2024.\n\n"
+BEFORE_SYSTEM = (
+    "{%- set said = namespace(all=[]) -%}{%- for message in messages -%}{%- if message['role'] == 'system' -%}"
+    "{%- set said.all = said.all + [dict(message, content="
+    + json.dumps(DEFAULT)
+    + " + message['content'])] -%}{%- else -%}"
+    "{%- set said.all = said.all + [message] -%}{%- endif -%}{%- endfor -%}{%- set messages = said.all -%}"
+)
+
+TEMPLATES: dict[str, Callable[[str], str]] = {
+    "another default prompt before the document": lambda template: BEFORE_SYSTEM + template,
+    "another marker of turns": lambda template: template.replace("<|im_start|>", "### "),
+    "another opening of the answer": lambda template: template + "{% if add_generation_prompt %}Answer: {% endif %}",
+}
+"""The publisher's chat template -> the reader's. The last changes nothing that the document's KV depends on."""
+
+
+def digits(parts: dict[str, Any]) -> None:
+    apart = {"type": "Digits", "individual_digits": True}
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [apart, parts["pre_tokenizer"]]}
+
+
+def fewer_merges(parts: dict[str, Any]) -> None:
+    merges = parts["model"]["merges"]
+    parts["model"] |= {"merges": merges[: len(merges) // 2], "ignore_merges": False}
+
+
+REVISIONS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "numbers cut into digits": digits,
+    "without the later half of its merges": fewer_merges,
+}
+"""What another revision changes in the parts of a tokenizer, as its tokenizer.json holds them. Every token stays one of the model's."""
+
+
+def remade(
+    tokenizer: Any, *, revision: Callable[[dict[str, Any]], None] | None = None, template: str | None = None
+) -> Any:
+    """A tokenizer of the same parts, or of those that a revision or a template changes."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    if revision is not None:
+        revision(parts)
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+    )
+    other.chat_template = template or tokenizer.chat_template
+    return other
+
+
+def readers_tokenizer(tokenizer: Any, part: str, way: str) -> Any:
+    if part == "template":
+        return remade(tokenizer, template=TEMPLATES[way](tokenizer.chat_template))
+    return remade(tokenizer, revision=REVISIONS[way] if part == "tokenizer" else None)
+
+
+def refusal(subject: Subject, document: Document, part: str, tokenizer: Any) -> dict[str, Any]:
+    """What `kvkern.load` says of the document's file, with the reader's tokenizer, or below the prompt."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as held:
+        path = Path(folder) / "document.kv"
+        document.save(path)
+        parent = None
+        if part == "order":
+            parent = held.enter_context(kvkern.publish(subject.model, subject.tokenizer, PROMPT))
+        try:
+            kvkern.load(path, subject.model, tokenizer, parent=parent).release()
+        except KvkernError as error:
+            said = {"error": type(error).__name__, "field": error.field, "message": str(error).splitlines()[0]}
+            return {"refused": True, "refused_by": "kvkern.load", **said}
+    return {"refused": False}
+
+
+def meant(subject: Subject, tokens: int, part: str, tokenizer: Any) -> Document:
+    """The document as the reader means it."""
+    text = subject.text(tokens)
+    return kvkern.publish(subject.model, tokenizer, PROMPT + text if part == "order" else text)
+
+
+def token_counts(published: Document, wanted: Document) -> dict[str, int]:
+    a, b = published.token_ids.tolist(), wanted.token_ids.tolist()
+    same = sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
+    return {"published_tokens": len(a), "meant_tokens": len(b), "other_tokens": len(b) - same}
+
+
+# -- logits in each dtype ----------------------------------------------------------------------------------------------
+
+
+def of_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The same weights, rounded; RoPE's frequencies stay as they are; in fp64 norms are computed in it too."""
+    other = copy.deepcopy(model).to(dtype)
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(other.get_submodule(owner), leaf, buffer.clone())
+    for module in other.modules():
+        # transformers computes them in fp32, whatever is given.
+        if dtype == torch.float64 and hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(norm, module)
+    return other
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    return module.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon))
 
 
 @torch.no_grad()
-def first_logits(model: Any, document: Document, suffixes: Sequence[Sequence[int]], how: str) -> Tensor:
-    """[questions, vocab_size] in fp64; how: "kvkern", or transformers' attention by its name, from scratch."""
-    ids, rows = document.path_token_ids().tolist(), []
-    for suffix in suffixes:
-        if how == "kvkern":
-            given = torch.tensor([list(suffix)], device=model.device)
-            out = kvkern.generate(
-                model,
-                document,
-                given,
-                max_new_tokens=1,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-            rows.append(out.logits[0][0].double().cpu())
-        else:
-            with attention(model, how):
-                whole = torch.tensor([[*ids, *suffix]], device=model.device)
-                rows.append(model(whole, logits_to_keep=1).logits[0, -1].double().cpu())
-    return torch.stack(rows)
+def from_scratch(model: Any, ids: Sequence[int], keep: int) -> Tensor:
+    """[keep, vocab_size] of the last `keep` tokens, by transformers' own attention."""
+    with attention(model, "sdpa"):
+        whole = torch.tensor([list(ids)], device=model.device)
+        return model(whole, logits_to_keep=keep, use_cache=False).logits[0].double().cpu()
 
 
-def logits(subject: Subject, bench: Bench, tokens: int, questions: Sequence[Any]) -> dict[str, Any]:
-    """kvkern and transformers in bf16 by their distance from fp64."""
-    document = subject.document(tokens)
-    suffixes = subject.suffixes(document, questions)
-    wide = first_logits(subject.model.double(), document, suffixes, "sdpa")
-    subject.model.to(torch.bfloat16)
-    document.release()
-    document = subject.document(tokens)
-    found = {how: first_logits(subject.model, document, suffixes, how) for how in ("kvkern", "sdpa")}
-    document.release()
-    errors = {how: (of - wide).abs() for how, of in found.items()}
-    return {
-        "questions": len(questions),
-        "max_error": {how: error.max().item() for how, error in errors.items()},
-        "mean_error": {how: error.mean().item() for how, error in errors.items()},
-        "first_tokens_equal": {how: int((of.argmax(-1) == wide.argmax(-1)).sum()) for how, of in found.items()},
+class Exact:
+    """[texts, vocab_size] in fp64 of the token after each text, from scratch; each is computed once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.rows: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        missing = [tuple(ids) for ids in texts if tuple(ids) not in self.rows]
+        if missing:
+            wide = of_dtype(self.model, torch.float64)
+            self.rows |= {ids: from_scratch(wide, ids, 1)[0] for ids in missing}
+        return torch.stack([self.rows[tuple(ids)] for ids in texts])
+
+
+def logits(
+    subject: Subject, exact: Exact, tokens: int, questions: Sequence[str], new: int, dtype: str
+) -> dict[str, Any]:
+    """kvkern's logits over an answer beside transformers' from scratch, and both beside fp64's at its first token."""
+    narrow = of_dtype(subject.model, getattr(torch, dtype))
+    with kvkern.publish(narrow, subject.tokenizer, subject.text(tokens)) as document:
+        asked: dict[str, Any] = document.encode(questions)
+        ids = document.path_token_ids().tolist()
+        suffixes = document.encode_ids(questions)
+        out = kvkern.generate(
+            narrow,
+            document,
+            **asked,
+            max_new_tokens=new,
+            min_new_tokens=new,  # an answer that ended would have no logits
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    said = out.sequences[:, -new:].tolist()
+    ours = [torch.stack([step[row].double().cpu() for step in out.logits]) for row in range(len(said))]
+    wholes = [[*ids, *suffix, *answer[:-1]] for suffix, answer in zip(suffixes, said, strict=True)]
+    theirs = [from_scratch(narrow, whole, new) for whole in wholes]
+    del narrow, out
+    right = exact([[*ids, *suffix] for suffix in suffixes])
+    apart = torch.stack([(a - b).abs() for a, b in zip(ours, theirs, strict=True)])
+    equal = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(ours, theirs, strict=True))
+    found: dict[str, Any] = {
+        "questions": len(said),
+        "tokens": len(said) * new,
+        "tokens_equal": equal,
+        "difference": apart.max().item(),
+        "mean_difference": apart.mean().item(),
+        "max_error": {},
+        "mean_error": {},
+        "first_tokens_equal": {},
     }
+    for how, rows in (("kvkern", ours), ("sdpa", theirs)):
+        first = torch.stack([row[0] for row in rows])
+        error = (first - right).abs()
+        found["max_error"][how], found["mean_error"][how] = error.max().item(), error.mean().item()
+        found["first_tokens_equal"][how] = int((first.argmax(-1) == right.argmax(-1)).sum())
+    return found
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
 def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
+    head = f"exact    {shown(shape)} | "
     if shape["part"] == "logits":
-        parts = [
+        errors = " | ".join(
             f"{how} max {found['max_error'][how]:.3g} mean {found['mean_error'][how]:.3g}" for how in found["max_error"]
-        ]
-        return f"exact    {shown(shape)} | {found['questions']} questions | {' | '.join(parts)}"
+        )
+        return (
+            f"{head}{found['questions']} questions, {found['tokens_equal']} of {found['tokens']} tokens equal, largest "
+            f"difference {found['difference']:.3g} | from fp64: {errors} | {found['seconds']:.1f} s"
+        )
+    asked = f"{found['questions']} of {found['asked']}" if found["questions"] < found["asked"] else found["questions"]
     gaps = f", largest gap {max(flip['gap'] for flip in found['flips']):.3g}" if found["flips"] else ""
+    refused = ""
+    if shape["part"] in CHANGED:
+        refused = f"{found['error']}: {found['message']} | " if found["refused"] else "not refused | "
     return (
-        f"exact    {shown(shape)} | {found['equal']} of {found['tokens']} tokens of {found['questions']} questions equal, "
+        f"{head}{refused}{found['equal']} of {found['tokens']} tokens of {asked} questions equal, "
         f"{len(found['flips'])} flips{gaps} | {found['seconds']:.1f} s"
     )
 
 
-def parts(bench: Bench) -> list[dict[str, Any]]:
-    """What is to be measured, what matters most first."""
+def parts(bench: Bench) -> list[tuple[dict[str, Any], int | None]]:
+    """What is to be measured, what matters most first; with it how many questions of a part are judged for now, None for all."""
     chosen, model = bench.options, "tiny" if bench.options.tiny else Path(bench.options.model or demo_model()).name
-    ways = [way for way in FEW if not (chosen.tiny and way == "file")]
-    of = {"model": model, "dtype": chosen.dtype, "new": chosen.tokens}
-    found = [{"part": "tokens", "P": P, "way": way, **of} for way in ways[:1] for P in chosen.documents]
-    found += [{"part": "tokens", "P": P, "way": way, **of} for P in chosen.documents for way in ways[1:]]
-    found += [{"part": "rounded", "P": P, "way": form, **of} for P in chosen.documents for form in FORMS]
-    found += [{"part": "order", "P": P, "way": "after another system prompt", **of} for P in chosen.documents]
-    return [*found, {"part": "logits", "P": min(chosen.documents), "way": "bfloat16", **of}]
+    lengths, least = sorted(chosen.documents), min(chosen.documents)
+
+    def shape(part: str, tokens: int, way: str) -> dict[str, Any]:
+        return {"part": part, "P": tokens, "way": way, "model": model, "dtype": chosen.dtype, "new": chosen.tokens}
+
+    def others(tokens: int) -> Iterator[dict[str, Any]]:
+        yield shape("tokens", tokens, "batch 1")
+        if not chosen.tiny:  # it is in no file
+            yield shape("tokens", tokens, "file")
+        yield from (shape("rounded", tokens, form) for form in FORMS)
+
+    found: list[tuple[dict[str, Any], int | None]] = [
+        (shape("tokens", P, "batch 256"), FIRST) for P in lengths if P <= SHORT
+    ]
+    found.append((shape("unchanged", least, "the same tokenizer"), None))
+    found.append((shape("order", least, "after another system prompt"), None))
+    found += [(shape("template", least, way), None) for way in TEMPLATES]
+    found += [(shape("tokenizer", least, way), None) for way in REVISIONS]
+    found += [(shape("logits", least, dtype), None) for dtype in LOGITS]
+    found += [(each, None) for P in lengths if P <= SHORT for each in others(P)]
+    for P in lengths:
+        if P > SHORT:
+            found.append((shape("tokens", P, "batch 256"), chosen.long_questions))
+            found += [(each, None) for each in others(P)]
+    return [*found, *((shape("tokens", P, "batch 256"), None) for P in lengths)]
 
 
 def count(chosen: argparse.Namespace, shape: dict[str, Any]) -> int:
-    most = chosen.questions if shape["P"] <= 1024 or chosen.full else chosen.long_questions
-    limit = FEW[shape["way"]] if shape["part"] == "tokens" else ROUNDED
-    return most if limit is None else min(most, limit)
+    """Questions of a part."""
+    most: int = chosen.questions if shape["P"] <= SHORT or chosen.full else chosen.long_questions
+    return min(most, MOST.get(shape["way"], MOST.get(shape["part"], most)))
 
 
-def measure(bench: Bench, subject: Subject, document: Document, shape: dict[str, Any]) -> dict[str, Any]:
-    chosen, began = bench.options, time.perf_counter()
-    questions = subject.questions(count(chosen, shape))
-    suffixes = subject.suffixes(document, questions)
-    asked = document
-    if shape["part"] == "rounded":
-        asked = altered(document, FORMS[shape["way"]])
-    if shape["way"] == "file":
-        found = answers_of_a_process(subject, document, questions, chosen)
-    else:
-        agents = 1 if shape["way"] == "batch 1" else 256
-        found = answers(subject, asked, suffixes, agents=agents, tokens=chosen.tokens)
-    if asked is not document:
-        asked.release()
-    if shape["part"] == "order":
-        with subject.document(shape["P"], PROMPT) as second:
-            return compared(subject.model, second, suffixes, found) | {"seconds": time.perf_counter() - began}
-    return compared(subject.model, document, suffixes, found) | {"seconds": time.perf_counter() - began}
+class Run:
+    """One call of the script."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.chosen, self.began = bench, bench.options, time.monotonic()
+        self.begun, self.subject = Begun(bench), Subject(bench)
+        self.exact = Exact(self.subject.model)
+        self.document: Document | None = None
+        self.held = 0
+        """Tokens that the document was asked for."""
+        name = f"{parts(bench)[0][0]['model']} {self.chosen.dtype}"
+        self.scratch = Scratch(self.subject.model, name, self.begun)
+
+    def late(self) -> bool:
+        return time.monotonic() - self.began > self.chosen.seconds
+
+    def published(self, tokens: int) -> Document:
+        if self.document is None or self.held != tokens:
+            if self.document is not None:
+                self.document.release()
+            self.document, self.held = self.subject.document(tokens), tokens
+        return self.document
+
+    def answers(self, document: Document, shape: dict[str, Any], questions: list[str], suffixes: Any) -> Any:
+        if shape["way"] == "file":
+            return answers_of_a_process(self.subject, document, questions, self.chosen)
+        agents = 1 if shape["way"] == "batch 1" else WAVE
+        return answers(self.subject, document, suffixes, agents=agents, tokens=self.chosen.tokens)
+
+    def judged(
+        self, asked: Document, wanted: Document, shape: dict[str, Any], suffixes: list[list[int]], limit: int
+    ) -> dict[str, Any]:
+        """Answers over `asked` beside those from scratch of `wanted`, wave by wave."""
+        questions = self.subject.questions(len(suffixes))
+        found = self.begun.answers.setdefault(shown(shape), [])
+        while True:
+            if len(found) < limit:
+                wave = slice(len(found), len(found) + WAVE)
+                found += self.answers(asked, shape, questions[wave], suffixes[wave])
+                self.begun.save()
+            known = min(limit, len(found))
+            result = compared(self.scratch, wanted, suffixes[:known], found[:known], self.late)
+            if result["questions"] == limit or self.late():
+                return result
+
+    def measure(self, shape: dict[str, Any], limit: int) -> dict[str, Any]:
+        part, way, asked = shape["part"], shape["way"], count(self.chosen, shape)
+        questions = self.subject.questions(asked)
+        if part == "logits":
+            return {"asked": asked} | logits(self.subject, self.exact, shape["P"], questions, self.chosen.tokens, way)
+        document = self.published(shape["P"])
+        if part == "rounded":
+            with altered(document, FORMS[way]) as rounded:
+                result = self.judged(rounded, document, shape, document.encode_ids(questions), limit)
+        elif part in CHANGED:
+            tokenizer = readers_tokenizer(self.subject.tokenizer, part, way)
+            with meant(self.subject, shape["P"], part, tokenizer) as wanted:
+                result = self.judged(document, wanted, shape, wanted.encode_ids(questions), limit)
+                result |= refusal(self.subject, document, part, tokenizer) | token_counts(document, wanted)
+        else:
+            result = self.judged(document, document, shape, document.encode_ids(questions), limit)
+        return {"asked": asked, **result}
+
+
+def held(bench: Bench, shape: dict[str, Any]) -> dict[str, Any] | None:
+    return next((result for result in bench.results if result["shape"] == shape), None)
+
+
+def left(bench: Bench) -> list[tuple[dict[str, Any], int]]:
+    """Parts of which questions are to be judged, and how many of them for now."""
+    found = []
+    for shape, for_now in parts(bench):
+        limit = min(count(bench.options, shape), for_now or sys.maxsize)
+        result = held(bench, shape)
+        if result is None or result["questions"] < limit:
+            found.append((shape, limit))
+    return found
 
 
 def main() -> None:
-    bench, began = Bench.start("exactness", __doc__, extra=options), time.monotonic()
+    bench = Bench.start("exactness", __doc__, extra=options)
+    chosen = bench.options
+    if chosen.questions is None:
+        chosen.questions = 24 if chosen.tiny else 1000
+    if chosen.seconds is None:
+        chosen.seconds = math.inf if chosen.full else 450.0
     bench.resume()
     torch.manual_seed(0)
-    left = [shape for shape in parts(bench) if not bench.has(shape)]
-    subject = Subject(bench) if left else None
-    document: Document | None = None
-    for shape in left:
-        if time.monotonic() - began > bench.options.seconds:
-            print(
-                f"exact    {len(left) - left.index(shape)} parts not begun: {bench.options.seconds:g} s are over",
-                flush=True,
-            )
-            break
-        assert subject is not None
-        if shape["part"] == "logits":  # last, for it leaves the model in bf16
-            if document is not None:
-                document.release()
-            found = logits(subject, bench, shape["P"], subject.questions(min(ROUNDED, bench.options.questions)))
+    todo = left(bench)
+    if not todo:
+        return
+    run = Run(bench)
+    try:
+        for n, (shape, limit) in enumerate(todo):
+            if shape["part"] == "template" and not run.subject.tokenizer.chat_template:
+                continue
+            before = held(bench, shape)
+            if before is not None and before["questions"] >= limit:  # the time was over, and another pass has done it
+                continue
+            if run.late():
+                names = " ".join(f"{each['part']}/{each['P']}/{each['way']}" for each, _ in todo[n:])
+                print(
+                    f"exact    {run.chosen.seconds:g} s are over; run again for {len(todo) - n} parts: {names}",
+                    flush=True,
+                )
+                break
+            began = time.perf_counter()
+            found = run.measure(shape, limit)
+            found["seconds"] = time.perf_counter() - began + (before["seconds"] if before else 0.0)
+            bench.results = [result for result in bench.results if result["shape"] != shape]
+            bench.keep(shape, found)
+            bench.save()
+            print(line(shape, found), flush=True)
+        if not left(bench):
+            run.begun.end()
         else:
-            if document is None or document.tokens < shape["P"] or document.tokens > shape["P"] + 64:
-                if document is not None:
-                    document.release()
-                document = subject.document(shape["P"])
-            found = measure(bench, subject, document, shape)
-        bench.keep(shape, found)
-        print(line(shape, found), flush=True)
-        bench.save()
+            run.begun.save()
+    except BaseException:
+        run.begun.save()
+        raise
 
 
 if __name__ == "__main__":
