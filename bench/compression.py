@@ -63,9 +63,10 @@ from harness import Bench, WrongResult, shown
 from numpy.typing import NDArray
 
 import kvkern
-from kvkern import demo, opening, store
+from kvkern import demo, opening, packing, store
 from kvkern.demo_model import demo_model
 from kvkern.identity import tensor_bytes
+from kvkern.packing import Words, fill_planes, planes
 from kvkern.prefix import SharedPrefix
 
 TOKENS, TINY_TOKENS = 3774, 150
@@ -76,9 +77,6 @@ PIECE = 4 << 20
 """Bytes of one read of the disk."""
 RUN = 16
 """Tokens that `running` takes one after the other."""
-
-Words = NDArray[Any]
-"""Bit patterns, uint16 or uint32."""
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -97,22 +95,6 @@ class Form(NamedTuple):
 
 def fill_plain(data: bytes, words: Words) -> None:
     words[...] = np.frombuffer(data, words.dtype).reshape(words.shape)
-
-
-def planes(words: Words) -> NDArray[np.uint8]:
-    """[bytes of a word, *shape of words], the highest byte first."""
-    size = words.itemsize
-    return np.stack([(words >> words.dtype.type(8 * n)).astype(np.uint8) for n in reversed(range(size))])
-
-
-def fill_planes(data: bytes, words: Words) -> None:
-    """The inverse of `planes`, a head at a time, so that its words stay in the cache."""
-    parts = np.frombuffer(data, np.uint8).reshape(words.itemsize, *words.shape)
-    for head, own in enumerate(words):
-        own[...] = parts[0, head]
-        for part in parts[1:, head]:
-            own <<= 8
-            np.bitwise_or(own, part, out=own)
 
 
 def running(op: np.ufunc, words: Words) -> None:
@@ -167,8 +149,7 @@ class Codec(NamedTuple):
 
 
 def zstd(level: int) -> Codec:
-    pack, unpack = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
-    return Codec(lambda data: pack.compress(data), lambda frame, size: unpack.decompress(frame, max_output_size=size))
+    return Codec(lambda data: packing.compress(data, level), packing.decompress)
 
 
 CODECS: dict[str, Codec] = {

@@ -147,6 +147,12 @@ def publish(
         typer.Option(metavar="NAME=VALUE", help="Keyword of the chat template; the value is JSON, or else a text."),
     ] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens prefilled at once.")] = None,
+    compress: Annotated[
+        bool,
+        typer.Option(
+            "--compress", help="Pack KV in bfloat16 without loss, with the same digests; it is unpacked at load."
+        ),
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: Json = False,
@@ -156,11 +162,17 @@ def publish(
     text = opening.read_document(document)
     _check_output(output)
 
-    from kvkern import store
+    from kvkern import packing, store
+    from kvkern.identity import model_geometry
     from kvkern.publish import CHUNK
     from kvkern.publish import publish as prefill
 
+    form = packing.FORM if compress else None
+    if form is not None:
+        packing.check(form)
     live, tokenizer = _open(model, dtype, opening.device_of(device))
+    if form is not None:
+        packing.check(form, model_geometry(live).dtype)
     times = [time.perf_counter()]
     with console.bar("prefill", "tokens") as progress:
 
@@ -180,7 +192,7 @@ def publish(
         )
     times.append(time.perf_counter())
     with made as kv, console.bar("save", "bytes") as progress:
-        kv.save(output, progress=progress)
+        kv.save(output, compress=form, progress=progress)
     times.append(time.perf_counter())
     header = store.inspect(output)
     read, hashed, saved = (end - begin for begin, end in pairwise(times))

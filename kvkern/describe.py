@@ -26,6 +26,7 @@ def header_fields(header: Header) -> dict[str, Any]:
         "tokens": header.tokens,
         "size_bytes": header.size_bytes,
         "kv_bytes": pad_tokens(header.tokens) * geometry.token_bytes(),
+        "packed": header.frames.form if header.frames else None,
         "segments": header.segments,
         "blocks": len(header.kv),
         "identity": header.identity.to_dict(),
@@ -34,7 +35,7 @@ def header_fields(header: Header) -> dict[str, Any]:
 
 
 def header_lines(header: Header) -> console.Lines:
-    from kvkern.geometry import segment_tokens
+    from kvkern.geometry import pad_tokens, segment_tokens
     from kvkern.identity import short
 
     identity, geometry, by = header.identity, header.identity.geometry, header.provenance
@@ -48,6 +49,9 @@ def header_lines(header: Header) -> console.Lines:
     above = f", below {short(identity.ancestors)}" if identity.ancestors else ""
     length = f" of {segment_tokens(header.tokens):,} tokens"
     cut = f"{header.segments} segments{length}" if header.segments > 1 else "1 segment"
+    kv_bytes = pad_tokens(header.tokens) * geometry.token_bytes()
+    share = f"{(header.kv_end - header.kv_offset) / kv_bytes:.1%} of {render_bytes(kv_bytes)}"
+    packed = [("packed", f"{header.frames.form}, {share}, unpacked at load")] if header.frames else []
     return [
         (header.path.name, f"{header.tokens:,} tokens  {shape}  {render_bytes(header.size_bytes)}"),
         ("model", f"{by.get('model', '?')}  weights {short(identity.weights)}  made by kvkern {by.get('kvkern', '?')}"),
@@ -55,6 +59,7 @@ def header_lines(header: Header) -> console.Lines:
         ("words", f"tokenizer {short(identity.tokenizer)}  {wording}"),
         ("rope", rope),
         ("blocks", f"{len(header.kv)}, each with its digest: {geometry.layers} layers x K and V x {cut}"),
+        *packed,
         ("made", f"{by.get('created', '?')}  {'  '.join(made)}{chunk}"),
     ]
 

@@ -30,7 +30,7 @@ from kvkern.errors import IdentityError, KvkernError, RequestError, UnsupportedE
 from kvkern.geometry import Geometry
 
 FORMAT = 1
-"""Version of the list of fields and of the file around it."""
+"""Version of the list of fields and of the plain file around it."""
 
 LAYOUT = 1
 """Version of the block: [layers, 2, num_kv_heads, tokens padded to 128, head_dim], cut by geometry.segment_tokens."""

@@ -22,10 +22,21 @@ The header's JSON is canonical (sorted keys, no spaces, ASCII). Beside the two t
 A reader holds the file to its own canonical form: from the metadata follow all other bytes of the header and the size of
 the file, so no byte can change unseen. Nothing is unpickled or run.
 
+KV in bfloat16 may be packed without loss (`save(..., compress="planes-zstd-1")`). Identity, digests and sums are those of the
+unpacked block, so they are the same in both forms, and what is read is verified by the same SHA-256. The file differs in this:
+
+    format         PACKED_FORMAT, which a reader that knows only plain files refuses by name
+    packing        in the metadata: {form, lengths, sums}, of the frames: bytes of each, and the 64-bit sum of its slot, 16 hex digits
+    frames         uint8 [n], in the place of kv: a frame (packing.pack) for every (layer, K or V) in that order, of its real
+                   tokens, without the padding. Each lies in a slot of packing.slot_bytes, filled up with zeros, one slot after
+                   another: where a frame lies follows from the lengths before it
+    N              has room for the numbers of the widest frames, so that it is known before they are
+
 A file is written under a temporary name in the same folder, synced, renamed, and the folder synced: it is there whole or not
 at all, and an older file of that name stays until then. A writer holds a lock on its temporary file, .kvkern-*.tmp, which the
 system drops with the process: what a killed one left is found unlocked, and removed, by the next save into that folder. Bytes
-stream a row of one head at a time, so that neither saving nor loading holds a second copy.
+stream a row of one head at a time, packed ones a layer's K or V at a time on each of a few threads, so that neither saving nor
+loading holds a second copy.
 """
 
 from __future__ import annotations
@@ -37,22 +48,30 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvkern import cpu
+from kvkern import cpu, packing
 from kvkern.errors import CapacityError, IdentityError, KvkernError, RequestError, StoreError
 from kvkern.geometry import Geometry, num_segments, pad_tokens, segment_tokens
 from kvkern.identity import FORMAT, LAYOUT, Identity, canonical, short, tensor_bytes, tokens_digest
 from kvkern.prefix import SharedPrefix
+
+PACKED_FORMAT = 2
+"""Version of a file whose KV is packed; that of a plain one is identity.FORMAT."""
 
 ALIGNMENT = 4096
 """kv starts at a multiple of this many bytes, so that it can be mapped."""
@@ -61,7 +80,7 @@ MAX_HEADER = 64 << 20
 """Bytes of header that are read at most; 1,000 layers of 16 segments have 3 MiB."""
 
 THREADS = 4
-"""Planes (one layer's K or V) that are hashed at a time."""
+"""Planes (one layer's K or V) that are hashed, packed or unpacked at a time."""
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -78,6 +97,35 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Frames:
+    """Where the frames of a packed file lie, one for every (layer, K or V).
+
+    form     packing.FORM
+    size     bytes that each unpacks to: [num_kv_heads, tokens, head_dim] words
+    lengths  bytes of each
+    sums     64-bit sum of each one's slot
+    """
+
+    form: str
+    size: int
+    lengths: tuple[int, ...]
+    sums: tuple[int, ...]
+
+    @cached_property
+    def slots(self) -> list[int]:
+        """Bytes that each takes in the file."""
+        return [packing.slot_bytes(length, self.size) for length in self.lengths]
+
+    @property
+    def most_bytes(self) -> int:
+        """What all of them may take at most."""
+        return len(self.lengths) * packing.slot_bytes(packing.max_length(self.size), self.size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"form": self.form, "lengths": _hex(self.lengths), "sums": _hex(self.sums)}
+
+
+@dataclass(frozen=True)
 class Header:
     """What is known of a .kv file from its header.
 
@@ -86,8 +134,9 @@ class Header:
     provenance  who made it, when and with what: JSON values
     kv          SHA-256 of every (layer, K or V, segment)
     sums        64-bit sums of the same blocks
-    kv_offset   byte of the file where kv begins
+    kv_offset   byte of the file where kv, or the first frame, begins
     size_bytes  of the whole file
+    frames      of a file whose KV is packed, or None
     """
 
     path: Path
@@ -97,6 +146,7 @@ class Header:
     sums: tuple[int, ...]
     kv_offset: int
     size_bytes: int
+    frames: Frames | None = None
 
     @property
     def tokens(self) -> int:
@@ -107,25 +157,49 @@ class Header:
         """Segments of one layer's K or V."""
         return num_segments(self.tokens)
 
+    @property
+    def kv_end(self) -> int:
+        """Byte of the file after its KV, where the token ids begin."""
+        return self.kv_offset + _stored_bytes(self.identity.geometry, self.tokens, self.frames)
+
 
 Make = Callable[[Geometry, Tensor, Header], SharedPrefix]
+
+Block = tuple[int, int, int]
+"""(layer, 0 for K or 1 for V, segment)."""
+
+Rows = Callable[[int, int], Iterator[memoryview]]
+"""(layer, 0 for K or 1 for V) -> the bytes of its rows, head after head."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save(prefix: SharedPrefix, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+def save(
+    prefix: SharedPrefix,
+    path: str | os.PathLike[str],
+    *,
+    compress: str | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Write a published prefix as a .kv file, whole or not at all; an older file of that name is replaced by it.
 
-    progress  called with (bytes done, bytes in all)
+    compress  packing.FORM, "planes-zstd-1": pack KV in bfloat16 without loss. By default the block as it is, which can be mapped
+    progress  called with (bytes of KV done, bytes of KV in all)
 
-    Raises RequestError for a prefix without identity or provenance that is no JSON, StoreError for a path that cannot be
-    written, a full disk, or a block that changed in memory since it was published, ReadOnlyError for a released prefix.
+    Raises RequestError for a prefix without identity or provenance that is no JSON, or another form of packing, StoreError
+    for a path that cannot be written, a full disk, or a block that changed in memory since it was published, ReadOnlyError for
+    a released prefix, UnsupportedError for a dtype that is not packed, or without the package that packs.
     """
     identity, provenance = _savable(prefix)
+    frames = None
+    if compress is not None:
+        packing.check(compress, prefix.geometry.dtype)
+        zeros = (0,) * (prefix.geometry.layers * 2)
+        frames = Frames(compress, _plane_bytes(prefix.geometry, prefix.tokens), zeros, zeros)
     target = _target(path)
     sums = [value % (1 << 64) for value in prefix.sums.flatten().tolist()]
-    blank = _header_bytes(identity, ["0" * 64] * len(sums), sums, provenance)
+    blank = _header_bytes(identity, ["0" * 64] * len(sums), sums, provenance, frames)
     if len(blank) > MAX_HEADER:
         raise RequestError(
             "provenance",
@@ -136,10 +210,16 @@ def save(prefix: SharedPrefix, path: str | os.PathLike[str], *, progress: Progre
     _remove_orphans(target.parent)
     try:
         with _temporary(target.parent) as (fd, temporary):
-            kv = list(_write_kv(prefix, fd, len(blank), sums, progress))
-            _write(fd, tensor_bytes(prefix.token_ids), len(blank) + prefix.size_bytes)
+            if frames is None:
+                kv = _write_kv(prefix, fd, len(blank), sums, progress)
+            else:
+                kv, frames = _write_frames(prefix, frames, fd, len(blank), sums, progress)
+            stored = _stored_bytes(prefix.geometry, prefix.tokens, frames)
+            _write(fd, tensor_bytes(prefix.token_ids), len(blank) + stored)
             # Digests have one length, so the header that was left out has the size of the one that is known now.
-            _write(fd, memoryview(_header_bytes(identity, kv, sums, provenance)), 0)
+            header = _header_bytes(identity, kv, sums, provenance, frames)
+            assert len(header) == len(blank)
+            _write(fd, memoryview(header), 0)
             os.fsync(fd)
             os.replace(temporary, target)
         _sync_folder(target.parent)
@@ -193,48 +273,104 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _header_bytes(identity: Identity, kv: list[str], sums: list[int], provenance: Mapping[str, Any]) -> bytes:
+def _header_bytes(
+    identity: Identity, kv: list[str], sums: list[int], provenance: Mapping[str, Any], frames: Frames | None
+) -> bytes:
     """Length and header, a multiple of 4096 bytes: all that precedes kv."""
     geometry, tokens = identity.geometry, identity.tokens
     metadata: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT if frames is None else PACKED_FORMAT,
         "identity": identity.to_dict(),
         "kv": kv,
-        "sums": [f"{value:016x}" for value in sums],
+        "sums": _hex(sums),
         "provenance": provenance,
+        **({} if frames is None else {"packing": frames.to_dict()}),
     }
     metadata["sha256"] = hashlib.sha256(canonical(metadata).encode()).hexdigest()
-    kv_bytes = _kv_bytes(geometry, tokens)
-    shape = list(geometry.block_shape(tokens))
-    header = {
-        "__metadata__": {"kvkern": canonical(metadata)},
-        "kv": {"dtype": DTYPES[geometry.dtype], "shape": shape, "data_offsets": [0, kv_bytes]},
-        "token_ids": {"dtype": "I64", "shape": [tokens], "data_offsets": [kv_bytes, kv_bytes + 8 * tokens]},
-    }
-    text = canonical(header).encode()
-    size = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    inner = {"kvkern": canonical(metadata)}
+
+    def outer(end: int) -> bytes:
+        if frames is None:
+            block = {"dtype": DTYPES[geometry.dtype], "shape": list(geometry.block_shape(tokens))}
+        else:
+            block = {"dtype": "U8", "shape": [end]}
+        return canonical(
+            {
+                "__metadata__": inner,
+                "kv" if frames is None else "frames": {**block, "data_offsets": [0, end]},
+                "token_ids": {"dtype": "I64", "shape": [tokens], "data_offsets": [end, end + 8 * tokens]},
+            }
+        ).encode()
+
+    text = outer(_stored_bytes(geometry, tokens, frames))
+    # A header's place is left out before its frames are known: it has room for the widest.
+    widest = text if frames is None else outer(frames.most_bytes)
+    size = -(-(8 + len(widest)) // ALIGNMENT) * ALIGNMENT - 8
     return size.to_bytes(8, "little") + text.ljust(size)
 
 
-def _write_kv(prefix: SharedPrefix, fd: int, offset: int, sums: list[int], progress: Progress | None) -> Iterator[str]:
-    block = prefix.block()
+def _write_kv(prefix: SharedPrefix, fd: int, offset: int, sums: list[int], progress: Progress | None) -> list[str]:
+    """The digests of what was written."""
+    block, heads = prefix.block(), prefix.geometry.num_kv_heads
     row_bytes = _row_bytes(prefix.geometry, prefix.tokens)
 
-    def put(row: int, layer: int, which: int, head: int) -> memoryview:
-        written = tensor_bytes(block[layer, which, head].cpu())
-        _write(fd, written, offset + row * row_bytes)
-        return written
+    def put(layer: int, which: int) -> Iterator[memoryview]:
+        for head in range(heads):
+            written = tensor_bytes(block[layer, which, head].cpu())
+            _write(fd, written, offset + ((layer * 2 + which) * heads + head) * row_bytes)
+            yield written
 
+    return [digest for _, _, digest in _unchanged(prefix, sums, put, progress)]
+
+
+def _write_frames(
+    prefix: SharedPrefix, blank: Frames, fd: int, offset: int, sums: list[int], progress: Progress | None
+) -> tuple[list[str], Frames]:
+    """The digests of what was packed, and its frames."""
+    block, tokens, packed = prefix.block(), prefix.tokens, dict[tuple[int, int], bytes]()
+
+    def put(layer: int, which: int) -> Iterator[memoryview]:
+        plane = block[layer, which].cpu()
+        words = _words(plane)
+        if words[:, tokens:].any():
+            raise StoreError(
+                f"kv[layer {layer}, {'KV'[which]}]",
+                found="padding that is not zeros",
+                needed="zeros, which are not packed",
+                do="publish the document again",
+            )
+        packed[layer, which] = packing.pack(words[:, :tokens])
+        for own in plane:
+            yield tensor_bytes(own)
+
+    digests, lengths, slot_sums = [], [], []
+    for layer, which, digest in _unchanged(prefix, sums, put, progress):
+        digests.append(digest)
+        if (layer, which) in packed:  # else a later segment of the plane
+            frame = packed.pop((layer, which))
+            slot = bytearray(packing.slot_bytes(len(frame), blank.size))
+            slot[: len(frame)] = frame
+            _write(fd, memoryview(slot), offset)
+            offset += len(slot)
+            lengths.append(len(frame))
+            slot_sums.append(_sum(slot))
+    return digests, Frames(blank.form, blank.size, tuple(lengths), tuple(slot_sums))
+
+
+def _unchanged(
+    prefix: SharedPrefix, sums: list[int], rows: Rows, progress: Progress | None
+) -> Iterator[tuple[int, int, str]]:
+    """(layer, 0 for K or 1 for V, SHA-256) of every block, which has the sum that it was published with."""
     known = iter(sums)
-    for region, digest, total in _walk(prefix.geometry, prefix.tokens, put, progress):
+    for (layer, which, segment), digest, total in _walk(prefix.geometry, prefix.tokens, rows, progress):
         if total != next(known):
             raise StoreError(
-                region,
+                _region(layer, which, segment),
                 found="a block in memory that changed since it was published",
                 needed="the sum it was published with",
                 do="publish the document again; if it comes back, the memory is at fault",
             )
-        yield digest
+        yield layer, which, digest
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:
@@ -306,43 +442,61 @@ def _names(path: Path, fd: int) -> bool:
 # -- the walk over all blocks, the same for writing, reading and verifying ---------------------------------------------
 
 
-def _walk(
-    geometry: Geometry, tokens: int, row: Callable[[int, int, int, int], memoryview], progress: Progress | None
-) -> Iterator[tuple[str, str, int]]:
-    """(region, SHA-256, 64-bit sum) of every (layer, K or V, segment) in order; planes are hashed on several threads.
+def _walk(geometry: Geometry, tokens: int, rows: Rows, progress: Progress | None) -> Iterator[tuple[Block, str, int]]:
+    """(block, SHA-256, 64-bit sum) of every (layer, K or V, segment) in order; planes are hashed on several threads.
 
-    row  moves row (index, layer, 0 for K or 1 for V, head) of [padded tokens, head_dim] to or from the file, and returns
-         its bytes, which stay as they are until it is called again from the same thread
+    rows  moves the rows of one (layer, 0 for K or 1 for V), [padded tokens, head_dim] a head, to or from the file; gives the
+          bytes of one after another, which stay as they are until the next is asked for
     """
     heads, row_bytes = geometry.num_kv_heads, _row_bytes(geometry, tokens)
     step = segment_tokens(tokens) * geometry.head_dim * geometry.dtype.itemsize
     planes = [(layer, which) for layer in range(geometry.layers) for which in range(2)]
+    left = iter(planes)
 
-    def digest(plane: tuple[int, int]) -> list[tuple[str, str, int]]:
-        layer, which = plane
+    def digest(layer: int, which: int) -> list[tuple[Block, str, int]]:
         hashers = [hashlib.sha256() for _ in range(num_segments(tokens))]
         sums = [0] * len(hashers)
-        for head in range(heads):
-            data = row((layer * 2 + which) * heads + head, layer, which, head)
+        for head, data in enumerate(rows(layer, which)):
             for segment, hasher in enumerate(hashers):
                 part = data[segment * step : (segment + 1) * step]
                 hasher.update(part)
-                words = torch.frombuffer(part, dtype=torch.uint8)
-                sums[segment] += cpu.block_sum(words, start_word=head * len(part) // cpu.WORD)
+                sums[segment] += _sum(part, start_word=head * len(part) // cpu.WORD)
         return [
-            (f"kv[layer {layer}, {'KV'[which]}, segment {segment}]", hasher.hexdigest(), sums[segment] % (1 << 64))
+            ((layer, which, segment), hasher.hexdigest(), sums[segment] % (1 << 64))
             for segment, hasher in enumerate(hashers)
         ]
 
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
+    ahead: deque[Future[list[tuple[Block, str, int]]]] = deque()
     try:
-        for done, blocks in enumerate(pool.map(digest, planes), start=1):
-            yield from blocks
+        for done in range(1, len(planes) + 1):
+            # What waits to be taken is bounded: a frame may lie behind it.
+            for plane in islice(left, THREADS + 1 - len(ahead)):
+                ahead.append(pool.submit(digest, *plane))
+            yield from ahead.popleft().result()
             if progress is not None:
                 progress(done * heads * row_bytes, len(planes) * heads * row_bytes)
     finally:
         # After an error or Ctrl-C no plane is begun, and none is under way when the file is closed.
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _region(layer: int, which: int, segment: int) -> str:
+    return f"kv[layer {layer}, {'KV'[which]}, segment {segment}]"
+
+
+def _sum(data: memoryview | bytearray, *, start_word: int = 0) -> int:
+    return cpu.block_sum(torch.frombuffer(data, dtype=torch.uint8), start_word=start_word)
+
+
+def _hex(values: Iterable[int]) -> list[str]:
+    """16 digits each, so that the size of a header does not depend on them."""
+    return [f"{value:016x}" for value in values]
+
+
+def _words(plane: Tensor) -> NDArray[np.uint16]:
+    """The bit patterns of 16-bit numbers on the CPU: a view."""
+    return plane.view(torch.int16).numpy().view(np.uint16)
 
 
 def _row_bytes(geometry: Geometry, tokens: int) -> int:
@@ -351,6 +505,16 @@ def _row_bytes(geometry: Geometry, tokens: int) -> int:
 
 def _kv_bytes(geometry: Geometry, tokens: int) -> int:
     return geometry.layers * 2 * geometry.num_kv_heads * _row_bytes(geometry, tokens)
+
+
+def _plane_bytes(geometry: Geometry, tokens: int) -> int:
+    """Of one layer's K or V, without the padding."""
+    return geometry.num_kv_heads * tokens * geometry.head_dim * geometry.dtype.itemsize
+
+
+def _stored_bytes(geometry: Geometry, tokens: int, frames: Frames | None) -> int:
+    """What the KV takes in the file."""
+    return _kv_bytes(geometry, tokens) if frames is None else sum(frames.slots)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -363,14 +527,24 @@ def inspect(path: str | os.PathLike[str]) -> Header:
 
 
 def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Header:
-    """Read the whole file and verify every digest; needs neither a model nor memory for the KV. Raises StoreError."""
+    """Read the whole file and verify every digest; needs neither a model nor memory for the KV.
+
+    Raises StoreError, and UnsupportedError for packed KV without the package that unpacks it.
+    """
     with _open(path) as (fd, name):
         header = _read_header(fd, name, Path(path))
         _read_token_ids(fd, name, header)
-        row_bytes = _row_bytes(header.identity.geometry, header.tokens)
+        geometry = header.identity.geometry
+        shape, row_bytes = geometry.block_shape(header.tokens)[2:], _row_bytes(geometry, header.tokens)
 
-        def get(row: int, layer: int, which: int, head: int) -> memoryview:
-            return _read(fd, name, f"kv[layer {layer}, {'KV'[which]}]", header.kv_offset + row * row_bytes, row_bytes)
+        def get(layer: int, which: int) -> Iterator[memoryview]:
+            if header.frames is not None:
+                room = torch.zeros(shape, dtype=geometry.dtype)
+                _read_frame(fd, name, header, layer, which, room)
+                yield from map(tensor_bytes, room)
+            else:
+                for region, offset in _places(header, layer, which):
+                    yield _read(fd, name, region, offset, row_bytes)
 
         _check_blocks(header, name, get, progress)
         return header
@@ -398,8 +572,10 @@ def load(
     progress  called with (bytes done, bytes in all)
     make      (geometry, token ids, Header) -> an unpublished prefix to fill, where it is to be more than a SharedPrefix
 
+    Packed KV is unpacked on the way, a layer's K or V at a time on each of a few threads, to where it belongs.
+
     Raises StoreError naming the region that is damaged, IdentityError naming the field that differs, RequestError for mmap on
-    another device than the CPU.
+    another device than the CPU or of packed KV, UnsupportedError for packed KV without the package that unpacks it.
     """
     device = torch.device(device)
     if mmap and device.type != "cpu":
@@ -408,6 +584,15 @@ def load(
         )
     with _open(path) as (fd, name):
         header = _read_header(fd, name, Path(path))
+        if header.frames is not None:
+            packing.check(header.frames.form)
+            if mmap:
+                raise RequestError(
+                    "mmap",
+                    found=f"KV packed as {header.frames.form} in {name}",
+                    needed="a plain .kv file",
+                    do="load it without mmap, or load it and save it again without compress",
+                )
         _check_parent(header.identity, parent, name)
         if check is not None:
             check(header.identity, name)
@@ -423,7 +608,7 @@ def load(
                 "memory",
                 found=f"no {_kv_bytes(geometry, header.tokens):,} bytes on {device}: {type(error).__name__}",
                 needed="memory for the whole prefix",
-                do="free memory, or on the CPU load it with mmap=True",
+                do="free memory" + ("" if header.frames else ", or on the CPU load it with mmap=True"),
             ) from None
         try:
             _fill(prefix, fd, name, header, mmap, progress)
@@ -448,27 +633,55 @@ def _fill(prefix: SharedPrefix, fd: int, name: str, header: Header, mmap: bool, 
             raise StoreError("size", found=f"{error.found} in {name}", needed=error.needed, do=AGAIN) from None
     block = prefix.block()
 
-    def get(row: int, layer: int, which: int, head: int) -> memoryview:
-        to, region = block[layer, which, head], f"kv[layer {layer}, {'KV'[which]}]"
-        offset = header.kv_offset + row * row_bytes
-        if mmap:
-            return tensor_bytes(to)
-        if to.device.type == "cpu":
-            # Hashed where it lies: what is verified is what will be read.
-            return _read_into(fd, name, region, offset, tensor_bytes(to))
-        data = _read(fd, name, region, offset, row_bytes)
-        to.copy_(torch.frombuffer(data, dtype=geometry.dtype).view(to.shape))
-        return data
+    def get(layer: int, which: int) -> Iterator[memoryview]:
+        plane = block[layer, which]
+        if header.frames is not None:
+            # On the CPU hashed where it lies, as below.
+            room = plane if plane.device.type == "cpu" else torch.zeros(plane.shape, dtype=geometry.dtype)
+            _read_frame(fd, name, header, layer, which, room)
+            yield from map(tensor_bytes, room)
+            if room is not plane:
+                plane.copy_(room)
+            return
+        for to, (region, offset) in zip(plane, _places(header, layer, which), strict=True):
+            if mmap:
+                yield tensor_bytes(to)
+            elif to.device.type == "cpu":
+                # Hashed where it lies: what is verified is what will be read.
+                yield _read_into(fd, name, region, offset, tensor_bytes(to))
+            else:
+                data = _read(fd, name, region, offset, row_bytes)
+                to.copy_(torch.frombuffer(data, dtype=geometry.dtype).view(to.shape))
+                yield data
 
     _check_blocks(header, name, get, progress)
 
 
-def _check_blocks(
-    header: Header, name: str, get: Callable[[int, int, int, int], memoryview], progress: Progress | None
-) -> None:
+def _places(header: Header, layer: int, which: int) -> Iterator[tuple[str, int]]:
+    """(region, byte of the file) of the rows of a layer's K or V in a plain file."""
+    heads, row_bytes = header.identity.geometry.num_kv_heads, _row_bytes(header.identity.geometry, header.tokens)
+    for row in range((layer * 2 + which) * heads, (layer * 2 + which + 1) * heads):
+        yield f"kv[layer {layer}, {'KV'[which]}]", header.kv_offset + row * row_bytes
+
+
+def _read_frame(fd: int, name: str, header: Header, layer: int, which: int, room: Tensor) -> None:
+    """Unpack a layer's K or V to where it belongs, [num_kv_heads, padded tokens, head_dim] on the CPU; the padding stays."""
+    assert header.frames is not None
+    index, slots, region = layer * 2 + which, header.frames.slots, f"frame of kv[layer {layer}, {'KV'[which]}]"
+    slot = _read(fd, name, region, header.kv_offset + sum(slots[:index]), slots[index])
+    found, needed = _sum(slot), header.frames.sums[index]
+    if found != needed:
+        raise _damaged(region, f"a sum of {found:016x} in {name}", f"{needed:016x} as in its header")
+    try:
+        packing.unpack(slot[: header.frames.lengths[index]], _words(room)[:, : header.tokens])
+    except StoreError as error:
+        raise _damaged(region, f"{error.found} in {name}", error.needed) from None
+
+
+def _check_blocks(header: Header, name: str, get: Rows, progress: Progress | None) -> None:
     known = zip(header.kv, header.sums, strict=True)
-    for region, digest, total in _walk(header.identity.geometry, header.tokens, get, progress):
-        needed, needed_sum = next(known)
+    for block, digest, total in _walk(header.identity.geometry, header.tokens, get, progress):
+        region, (needed, needed_sum) = _region(*block), next(known)
         if digest != needed:
             raise StoreError(
                 region,
@@ -491,7 +704,7 @@ def _check_sums(prefix: SharedPrefix, header: Header) -> None:
     for (layer, which, segment, _), a, b in zip(prefix.blocks(), found, header.sums, strict=True):
         if a != b:
             raise StoreError(
-                f"kv[layer {layer}, {'KV'[which]}, segment {segment}]",
+                _region(layer, which, segment),
                 found=f"a sum of {a:016x} on {prefix.device}",
                 needed=f"{b:016x} as in the file",
                 do="load it again; if it comes back, the device's memory is at fault",
@@ -523,8 +736,7 @@ def _check_parent(identity: Identity, parent: SharedPrefix | None, name: str) ->
 
 
 def _read_token_ids(fd: int, name: str, header: Header) -> Tensor:
-    offset = header.kv_offset + _kv_bytes(header.identity.geometry, header.tokens)
-    data = _read(fd, name, "token_ids", offset, 8 * header.tokens)
+    data = _read(fd, name, "token_ids", header.kv_end, 8 * header.tokens)
     token_ids = torch.frombuffer(data, dtype=torch.int64)
     if tokens_digest(token_ids) != header.identity.token_ids:
         raise StoreError(
@@ -555,17 +767,17 @@ def _read_header(fd: int, name: str, path: Path) -> Header:
     metadata = _metadata(given, name)
 
     format_ = metadata.get("format")
-    if format_ != FORMAT:
+    if format_ not in (FORMAT, PACKED_FORMAT):
         raise StoreError(
             "metadata.format",
             found=f"{format_} in {name}",
-            needed=f"{FORMAT} as this kvkern reads",
+            needed=f"{FORMAT} or {PACKED_FORMAT} as this kvkern reads",
             do="read it with the kvkern that wrote it, or publish the document again",
         )
     header = _parse(metadata, name, path, 8 + length, size)
-    if _canonical_header(header, name) != length.to_bytes(8, "little") + given:
+    if _canonical_header(header) != length.to_bytes(8, "little") + given:
         raise _damaged("header", f"bytes in {name} that do not follow from its metadata", "the canonical header")
-    needed_size = header.kv_offset + _kv_bytes(header.identity.geometry, header.tokens) + 8 * header.tokens
+    needed_size = header.kv_end + 8 * header.tokens
     if size != needed_size:
         raise _damaged("size", f"{size:,} bytes in {name}", f"{needed_size:,} as its header says")
     return header
@@ -616,6 +828,7 @@ def _parse(metadata: dict[str, Any], name: str, path: Path, kv_offset: int, size
             sums=tuple(int(value, 16) for value in sums),
             kv_offset=kv_offset,
             size_bytes=size,
+            frames=_parse_frames(metadata["packing"], identity, name) if metadata["format"] == PACKED_FORMAT else None,
         )
     except IdentityError as error:
         raise _damaged(f"metadata.identity.{error.field}", f"{error.found} in {name}", error.needed) from None
@@ -626,8 +839,33 @@ def _parse(metadata: dict[str, Any], name: str, path: Path, kv_offset: int, size
         raise _damaged("metadata", f"fields of another kind in {name}", "what kvkern wrote") from None
 
 
-def _canonical_header(header: Header, name: str) -> bytes:
-    return _header_bytes(header.identity, list(header.kv), list(header.sums), header.provenance)
+def _parse_frames(given: dict[str, Any], identity: Identity, name: str) -> Frames:
+    """Frames of plausible lengths, so that no more is read than they can be, nor more unpacked than their file allows."""
+    if given["form"] != packing.FORM:
+        raise StoreError(
+            "metadata.packing.form",
+            found=f"{given['form']} in {name}",
+            needed=f"{packing.FORM} as this kvkern reads",
+            do="read it with the kvkern that wrote it, or publish the document again",
+        )
+    geometry = identity.geometry
+    if geometry.dtype not in packing.DTYPES:
+        found = f"packed KV in {packing.names([geometry.dtype])} in {name}"
+        raise _damaged("metadata.packing", found, packing.names(packing.DTYPES))
+    lengths, sums = (tuple(int(value, 16) for value in given[key]) for key in ("lengths", "sums"))
+    planes, size = geometry.layers * 2, _plane_bytes(geometry, identity.tokens)
+    if not len(lengths) == len(sums) == planes:
+        found = f"{len(lengths)} lengths and {len(sums)} sums in {name}"
+        raise _damaged("metadata.packing.lengths", found, f"{planes} of each")
+    for n, length in enumerate(lengths):
+        if not 1 <= length <= packing.max_length(size):
+            needed = f"1 to {packing.max_length(size):,} for {size:,} bytes"
+            raise _damaged(f"metadata.packing.lengths[{n}]", f"{length:,} bytes in {name}", needed)
+    return Frames(given["form"], size, lengths, sums)
+
+
+def _canonical_header(header: Header) -> bytes:
+    return _header_bytes(header.identity, list(header.kv), list(header.sums), header.provenance, header.frames)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -137,6 +137,23 @@ def test_publish_then_inspect_then_verify_say_the_same_of_a_file(kvkern, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.kv"]
 
 
+def test_a_packed_file_serves_as_the_plain_one_does(kvkern, tmp_path):
+    plain, packed = tmp_path / "plain.kv", tmp_path / "packed.kv"
+    words = ("publish", "tiny", "doc.txt", "--dtype", "bfloat16", "-o")
+    before, made = kvkern.json(*words, plain), kvkern.json(*words, packed, "--compress")
+    assert (before["packed"], made["packed"]) == (None, "planes-zstd-1")
+    assert made["identity"] == before["identity"] and made["kv_bytes"] == before["kv_bytes"]
+    assert made["size_bytes"] == packed.stat().st_size < before["size_bytes"]
+    assert kvkern.json("verify", packed, "--model", "tiny")["verified"]["blocks"] == made["blocks"]
+    assert kvkern("inspect", packed) == 0
+    (line,) = (line for line in kvkern.out.splitlines() if line.startswith("packed  "))
+    assert "planes-zstd-1, " in line and f"% of {library.cost.render_bytes(made['kv_bytes'])}" in line
+    assert kvkern("inspect", plain) == 0 and "packed  " not in kvkern.out
+    ask = (*QUESTIONS, "--max-new-tokens", 4, "--ordered", "--backend", "torch")
+    told = [[answer["token_ids"] for answer in kvkern.lines("ask", file, *ask)] for file in (plain, packed)]
+    assert told[0] == told[1] and len(told[0]) == len(QUESTIONS)
+
+
 def test_inspect_prints_what_the_json_holds_with_units(kvkern):
     held = kvkern.json("inspect", "doc.kv")
     assert kvkern("inspect", "doc.kv") == 0
@@ -347,6 +364,8 @@ def bad(folder: Path) -> None:
         ((*PUBLISH, "--device", "gpu"), "DeviceError", "device", "gpu"),
         ((*PUBLISH, "--device", "cuda:99"), "DeviceError", "device", "cuda:99"),
         ((*PUBLISH, "--chunk", "0"), "RequestError", "chunk", "0"),
+        ((*PUBLISH, "--compress"), "UnsupportedError", "compress", "KV in float32"),
+        ((*PUBLISH, "--compress", "--dtype", "float16"), "UnsupportedError", "compress", "KV in float16"),
         ((*PUBLISH, "--template-kwarg", "chat=1"), "RequestError", "template_kwargs.chat", "a keyword"),
         ((*PUBLISH, "--plain", "--template-kwarg", "a=1"), "TemplateError", "template_kwargs", "['a']"),
         # the file

@@ -422,7 +422,7 @@ def forged(name, value, part=None):
 
 # Every field of Identity. template_kwargs is missing: load asks questions with those of the file, whatever they are.
 OTHER_FILES = {
-    "metadata.format": (lambda m: m.update(format=2), StoreError),
+    "metadata.format": (lambda m: m.update(format=3), StoreError),
     "metadata.identity.layout": (forged("layout", 2), StoreError),
     "geometry.num_qo_heads": (forged("num_qo_heads", 8, "geometry"), IdentityError),
     "architecture.rms_norm_eps": (forged("rms_norm_eps", 1e-5, "architecture"), IdentityError),
@@ -669,7 +669,7 @@ def test_control_metadata_written_again_is_the_same_file(saved):
 
 
 FORGERIES = {
-    "metadata.format": lambda m: m.update(format=2),
+    "metadata.format": lambda m: m.update(format=3),
     "metadata.identity.layout": lambda m: m["identity"].update(layout=2),
     "metadata.identity.geometry.head_dim": lambda m: m["identity"]["geometry"].update(head_dim=17),
     "metadata.identity.geometry.dtype": lambda m: m["identity"]["geometry"].update(dtype="int8"),
