@@ -38,6 +38,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -415,7 +416,7 @@ def options() -> argparse.ArgumentParser:
     group.add_argument("--fit-agents", type=int, nargs="+", default=[16, 128, 512])
     group.add_argument("--judge-agents", type=int, nargs="+", default=[64, 256, 1024])
     group.add_argument("--measure-document", type=int, default=512, help="tokens (default: 512)")
-    group.add_argument("--measure-answer", type=int, default=24, help="tokens (default: 24)")
+    group.add_argument("--measure-answer", type=int, default=16, help="tokens (default: 16)")
     return parser
 
 
@@ -466,16 +467,20 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def makespan(run: dict[str, Any], seconds: StepModel) -> float:
-    """What the simulator predicts for a measured run: all its agents ask at second 0."""
+    """What the simulator predicts for a measured run: all its agents ask at second 0, and copies are there."""
     count = run["agents"]
-    replica = Replica("shared", seconds, slots=run["slots"], max_extend=run["max_extend"], chunk=run["chunk"])
+    policy = "copies" if run["copies"] else "shared"
+    replica = Replica(policy, seconds, slots=run["slots"], max_extend=run["max_extend"], chunk=run["chunk"])
     zeros = np.zeros(count)
     sizes = (np.full(count, run[name]) for name in ("question", "answer"))
     return serve(replica, Trace(zeros, zeros.astype(int), *sizes, np.array([run["document"]])), warm=[0]).end_s
 
 
-def inputs_of(model: Any, seconds: StepModel) -> dict[str, float]:
-    """What a replica is made of where its steps are measured: the model's sizes, this machine's memory; prices stay assumed."""
+def inputs_of(model: Any, seconds: StepModel, done: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a replica is made of where its steps are measured: the model's sizes, this machine's memory; prices stay assumed.
+
+    done  the runs; a load is as fast as those of their copies, from the page cache, with every digest verified
+    """
     import torch
 
     from kvkern.identity import model_geometry
@@ -488,12 +493,14 @@ def inputs_of(model: Any, seconds: StepModel) -> dict[str, float]:
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         # What a CPU computes from and what it keeps documents in is the same memory.
         machine |= {"memory_bytes": memory, "reserve_bytes": CPU_RESERVE, "host_bytes": 0.0, "gpu_hour": CPU_HOUR}
+    rates = [run["kv_bytes"] / second for run in done for second in run["load_s"]]
     document = text.document_tokens
     return machine | {
         "parameters": float(parameters),
         "weight_bytes": sum(p.numel() * p.element_size() for p in weights) / parameters,
         "token_bytes": float(geometry.token_bytes()),
         "attention_flop": 4.0 * geometry.layers * geometry.num_qo_heads * geometry.head_dim,
+        "disk_bytes_per_s": statistics.median(rates),
         "user_step_s": seconds(1, 0, document, document, text.question_tokens + text.answer_tokens),
     }
 
@@ -503,7 +510,7 @@ def judge(measured: Iterable[dict[str, Any]], seconds: StepModel) -> list[dict[s
     judged = []
     for run in measured:
         predicted = makespan(run, seconds)
-        sizes = {name: run[name] for name in ("use", "agents", "document", "question", "answer")}
+        sizes = {name: run[name] for name in ("use", "agents", "document", "question", "answer", "copies")}
         error = predicted / run["makespan_s"] - 1
         judged.append(sizes | {"predicted_s": predicted, "measured_s": run["makespan_s"], "error": error})
     return judged
@@ -536,14 +543,19 @@ def measured(chosen: argparse.Namespace) -> None:
     console.say(console.table([(key, str(value)) for key, value in seconds.fields().items()]))
     for line in judged:
         console.say(
-            f"{line['use']:5s} {line['agents']:5d} agents, document of {line['document']}, question of {line['question']}: "
+            f"{line['use']:5s} {line['agents']:5d} agents, {'copies' if line['copies'] else 'document'} of {line['document']}, "
+            f"question of {line['question']}: "
             f"predicted {line['predicted_s']:.2f} s, measured {line['measured_s']:.2f} s, {100 * line['error']:+.1f} %"
         )
     worst = max(abs(line["error"]) for line in judged if line["use"] == "judge")
     console.say(f"largest error where it was not fitted: {100 * worst:.1f} % (aim: 10 %)")
     if chosen.steps is not None:
         content = {"machine": machine(device), "versions": versions(), "model": Path(name).name, "dtype": dtype}
-        content |= {"clock": chosen.clock, "threads": torch.get_num_threads(), "inputs": inputs_of(model, seconds)}
+        content |= {
+            "clock": chosen.clock,
+            "threads": torch.get_num_threads(),
+            "inputs": inputs_of(model, seconds, done),
+        }
         content |= {"seed": chosen.seed, "model_of_steps": seconds.fields(), "judged": judged, "runs": done}
         write(chosen.steps, content)
 

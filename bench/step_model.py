@@ -13,10 +13,13 @@ A step is described by five counts, FEATURES, and lasts a constant plus a weight
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -179,15 +182,18 @@ def nonnegative_least_squares(design: np.ndarray, wanted: np.ndarray) -> np.ndar
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def record(engine: Any, clock: Clock) -> tuple[list[dict[str, float]], Callable[[], None]]:
-    """(samples, step): each call of step runs engine.step once, and appends what it held and its seconds."""
+def record(engine: Any, clock: Clock, *, copies: bool = False) -> tuple[list[dict[str, float]], Callable[[], None]]:
+    """(samples, step): each call of step runs engine.step once, and appends what it held and its seconds.
+
+    copies  each document has one agent, and counts as tokens of its own
+    """
     samples: list[dict[str, float]] = []
     held: list[dict[str, float]] = []
     next_step = engine.scheduler.next_step
 
     def watched() -> Any:
         step = next_step()
-        held.append(_describe(step))
+        held.append(_describe(step, copies=copies))
         return step
 
     engine.scheduler.next_step = watched
@@ -203,7 +209,7 @@ def record(engine: Any, clock: Clock) -> tuple[list[dict[str, float]], Callable[
     return samples, step
 
 
-def _describe(step: Iterable[tuple[Any, int]]) -> dict[str, float]:
+def _describe(step: Iterable[tuple[Any, int]], *, copies: bool) -> dict[str, float]:
     """Counts of a scheduler's step, before it is computed."""
     rows = extend = row_tokens = suffix = 0
     documents: dict[int, int] = {}
@@ -213,9 +219,10 @@ def _describe(step: Iterable[tuple[Any, int]]) -> dict[str, float]:
         rows += own
         extend += own if reads else 0
         # What stands before a chunk in its own pages is multiplied by all its rows, as a document is.
-        row_tokens += own * (sequence.node.end + (sequence.computed if reads else 0))
-        suffix += sequence.computed + own
-        for node in sequence.node.path():
+        shared, copied = (0, sequence.node.end) if copies else (sequence.node.end, 0)
+        row_tokens += own * (shared + (copied + sequence.computed if reads else 0))
+        suffix += copied + sequence.computed + own
+        for node in sequence.node.path() if shared else ():
             documents[id(node)] = node.tokens
     return {
         "rows": rows,
@@ -228,24 +235,34 @@ def _describe(step: Iterable[tuple[Any, int]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Run:
-    """One batch of agents that all ask at once: what it is for ("fit" or "judge") and its sizes, in tokens."""
+    """One batch of agents that all ask at once: what it is for ("fit" or "judge") and its sizes, in tokens.
+
+    copies  each agent has a copy of the document, loaded from its file, else all share one
+    """
 
     use: str
     agents: int
     document: int
     question: int
     answer: int
+    copies: bool = False
 
 
 def runs(agents: Sequence[int], judged: Sequence[int], *, document: int, answer: int) -> list[Run]:
     """The batches of `--measure`: those to judge between those to fit, since a machine's pace changes in minutes.
 
-    Besides, a short document and a long question, so that the weights can be told apart.
+    Besides, so that the weights can be told apart: a short document, a long question, a document of four times the length, and
+    agents with copies, since tokens that each reads for itself are few elsewhere.
     """
     both = [Run("fit", count, document, 16, answer) for count in agents]
     both += [Run("judge", count, document, 16, answer) for count in judged]
     apart = [Run("fit", min(agents), 64, 16, answer), Run("fit", min(64, max(agents)), 64, 16, min(8, answer))]
-    return apart + [Run("fit", min(agents), 64, 256, min(8, answer))] + sorted(both, key=lambda run: run.agents)
+    apart += [
+        Run("fit", min(agents), 64, 256, min(8, answer)),
+        Run("fit", min(agents), 4 * document, 16, min(8, answer)),
+    ]
+    apart += [Run("fit", min(64, max(agents)), document, 16, min(8, answer), copies=True)]
+    return apart + sorted(both, key=lambda run: run.agents)
 
 
 def measure(
@@ -263,33 +280,49 @@ def measure(
     """
     import kvkern
 
+    def load(path: Path) -> Any:
+        started = time.perf_counter()
+        document = kvkern.load(path, model, None)
+        loads.append(time.perf_counter() - started)
+        return held.enter_context(document)
+
+    loads: list[float] = []
     generator = np.random.default_rng(seed)
     size = model.config.vocab_size
     ids = generator.integers(size, size=run.document).tolist()
-    with kvkern.publish(model, None, ids) as document:
+    with contextlib.ExitStack() as held:
+        document = held.enter_context(kvkern.publish(model, None, ids))
+        documents = [document] * run.agents
+        if run.copies:
+            with tempfile.TemporaryDirectory(prefix="kvkern-bench-") as folder:
+                document.save(path := Path(folder) / "document.kv")
+                documents = [load(path) for _ in range(run.agents)]
         engine = kvkern.Engine(model, tokenizer, max_agents=run.agents, max_extend_tokens=max_extend_tokens)
-        samples, step = record(engine, clock)
+        samples, step = record(engine, clock, copies=run.copies)
         requests = [
             engine.submit(
-                document,
+                own,
                 generator.integers(size, size=run.question).tolist(),
                 index=i,
                 max_new_tokens=run.answer,
                 do_sample=False,
-                eos_token_id=None,
+                eos_token_ids=(),
             )
-            for i in range(run.agents)
+            for i, own in enumerate(documents)
         ]
         started = clock()
         while any(request.answer is None for request in requests):
             step()
         makespan = clock() - started
+        size_bytes = document.size_bytes
     assert all(len(request.new_tokens) == run.answer for request in requests), "no answer ends early"
     return {
         **asdict(run),
         "slots": engine.scheduler.max_agents,
         "max_extend": engine.scheduler.max_extend_tokens,
         "chunk": engine.scheduler.chunk,
+        "kv_bytes": size_bytes,
+        "load_s": loads,
         "preemptions": sum(request.suffix.preemptions for request in requests),
         "makespan_s": makespan,
         "steps": samples,

@@ -447,10 +447,13 @@ def test_a_step_by_arithmetic_is_bytes_and_products_over_what_is_reached():
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize(("agents", "max_extend", "question"), [(9, 40, 16), (5, 70, 130), (4, 8, 1)])
-def test_the_simulator_takes_the_steps_that_the_engine_takes(agents, max_extend, question):
-    planned = step_model.Run("judge", agents, document=100, question=question, answer=5)
-    found = step_model.measure(tiny_model(), tiny_tokenizer(), planned, max_extend_tokens=max_extend)
+def test_the_simulator_takes_the_steps_that_the_engine_takes(agents, max_extend, question, copies):
+    planned = step_model.Run("judge", agents, document=100, question=question, answer=5, copies=copies)
+    model = tiny_model()
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))  # which must end no answer
+    found = step_model.measure(model, tiny_tokenizer(), planned, max_extend_tokens=max_extend)
     seen: list[tuple[float, ...]] = []
 
     def seconds(*features: float) -> float:
@@ -464,7 +467,7 @@ def test_the_simulator_takes_the_steps_that_the_engine_takes(agents, max_extend,
 
 
 def test_a_makespan_is_judged_by_its_relative_error():
-    run = {"use": "judge", "agents": 4, "document": 10, "question": 2, "answer": 3}
+    run = {"use": "judge", "agents": 4, "document": 10, "question": 2, "answer": 3, "copies": False}
     run |= {"slots": 4, "max_extend": 64, "chunk": 64, "makespan_s": 2.0}
     # Three steps: questions of all, then two tokens each.
     (judged,) = sim.judge([run], StepModel(1.0))
