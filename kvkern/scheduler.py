@@ -169,11 +169,14 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Give back all that the sequence holds, in whatever state it is; once more does nothing."""
-        if sequence.state == WAITING:
-            self.waiting.remove(sequence)
-        elif sequence.state == RUNNING:
-            self.running.remove(sequence)
+        """Give back all that the sequence holds, in whatever state it is; once more does nothing.
+
+        It looks where the sequence is, and not at its state: Ctrl-C may come while it is on its way from one queue to the other.
+        """
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        if sequence.slot is not None:
             self._release(sequence)
         sequence.state = FINISHED
 
@@ -227,10 +230,10 @@ class Scheduler:
         pages = -(-len(sequence.tokens) // PAGE)
         if len(self.running) >= self.max_agents or not self.pool.free_slots or self.pool.free_pages < pages + headroom:
             return False
-        slot = self.pool.acquire_slot()
-        self.pool.reserve(slot, len(sequence.tokens))
+        sequence.slot = self.pool.acquire_slot()
+        self.pool.reserve(sequence.slot, len(sequence.tokens))
         self.waiting.remove(sequence)
-        sequence.slot, sequence.state = slot, RUNNING
+        sequence.state = RUNNING
         insort(self.running, sequence, key=lambda s: s.arrival)
         return True
 

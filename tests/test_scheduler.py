@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,46 @@ def test_a_preempted_sequence_returns_to_a_full_queue():
         forward(s, s.next_step())
     assert len(s.waiting) == 2 and s.waiting[0].preemptions == 1
     drain(s)
+
+
+class Interrupted:
+    """Ctrl-C at the nth line that a function of the scheduler comes to."""
+
+    def __init__(self, n: int, *names: str) -> None:
+        self.left, self.names = n, names
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename != scheduler_module.__file__ or frame.f_code.co_name not in self.names:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def test_ctrl_c_between_any_two_lines_loses_no_page_and_no_sequence():
+    lines = 0
+    while True:
+        # Five pages: each of three grows into a second one, and takes that of a younger.
+        scheduler = make(num_pages=5, slots=3, max_agents=3)
+        sequences = [ask(scheduler, 15, 4, id=n) for n in range(4)]
+        before = sys.gettrace()
+        sys.settrace(Interrupted(lines + 1, "admit", "preempt", "next_step"))
+        try:
+            while scheduler.unfinished:
+                forward(scheduler, scheduler.next_step())
+        except KeyboardInterrupt:
+            lines += 1
+        else:
+            break
+        finally:
+            sys.settrace(before)
+        for sequence in sequences:
+            scheduler.cancel(sequence)
+        assert not scheduler.waiting and not scheduler.running and not scheduler.unfinished, lines
+        assert (scheduler.pool.free_pages, scheduler.pool.free_slots) == (5, 3), lines
+    assert lines > 100 and sum(sequence.preemptions for sequence in sequences) > 0
 
 
 def test_no_tokens_and_a_second_submission_are_refused():
