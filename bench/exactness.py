@@ -41,26 +41,23 @@ and by name max_error, mean_error, first_tokens_equal (to fp64). --full: --quest
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import difflib
 import functools
-import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import bench_engine
 import torch
-from harness import Bench, machine, shown
+from from_scratch import Begun, Scratch, attention, compared
+from harness import Bench, shown
+from readers import CHANGED, REVISIONS, TEMPLATES, meant, readers_tokenizer, refusal, token_counts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -68,7 +65,6 @@ from transformers import PreTrainedTokenizerFast
 import kvkern
 from kvkern import demo, opening
 from kvkern.demo_model import demo_model
-from kvkern.errors import KvkernError
 from kvkern.publish import Document
 
 FRAMES = (
@@ -85,16 +81,9 @@ WAVE = 256
 """Questions that an engine is given at once, and agents of "batch 256"."""
 FIRST = 64
 """Questions over a short document that are judged before all else."""
-CHANGED = ("unchanged", "order", "template", "tokenizer")
-"""Parts whose reader means other tokens than the publisher."""
 MOST = {"batch 1": 8, "file": 32, "rounded": 32, "logits": 8, **dict.fromkeys(CHANGED, 12)}
 """Questions of a way or a part at most; those that are not here have all."""
 LOGITS = ("float32", "bfloat16", "float16")
-SAVED_S = 20.0
-"""Seconds between two writes of what is begun, and between two lines of progress."""
-
-PROMPT = "You are a patient lawyer who answers in plain words, and never in more of them than needed.\n\n"
-"""A system prompt that the document's KV knows nothing of."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -168,57 +157,6 @@ class Subject:
         return framed[:count]
 
 
-@contextmanager
-def attention(model: Any, name: str) -> Iterator[None]:
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("kvkern")
-
-
-# -- what is begun -----------------------------------------------------------------------------------------------------
-
-
-class Begun:
-    """Answers and verdicts so far, in a file beside the results until all is done: what a run left, the next need not repeat.
-
-    answers  by part: token ids of the answer to each of its first questions
-    said     by model, tokens so far and question: the tokens that greedy decoding from scratch gives, as far as it is known, and
-             at each the gap between its logit and the next
-    """
-
-    def __init__(self, bench: Bench) -> None:
-        self.path = None if bench.path is None else bench.path.with_suffix(".begun")
-        self.facts = {fact: machine(bench.device).get(fact) for fact in ("device", "gpu", "cpu", "threads", "versions")}
-        self.answers: dict[str, list[list[int]]] = {}
-        self.said: dict[str, list[list[Any]]] = {}
-        self.saved = time.monotonic()
-        if self.path is not None and self.path.exists():
-            held = json.loads(self.path.read_text())
-            if held["facts"] == self.facts:
-                self.answers, self.said = held["answers"], held["said"]
-
-    def save(self) -> None:
-        self.saved = time.monotonic()
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".begun.partial")
-        partial.write_text(json.dumps({"facts": self.facts, "answers": self.answers, "said": self.said}))
-        os.replace(partial, self.path)
-
-    def tick(self, text: Callable[[], str]) -> None:
-        """Every so many seconds: write the file, and a line for who waits."""
-        if time.monotonic() - self.saved > SAVED_S:
-            self.save()
-            print(f"exact    {text()}", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
 # -- answers, and what is true -----------------------------------------------------------------------------------------
 
 
@@ -249,85 +187,6 @@ def answers_of_a_process(
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in said.read_text(encoding="utf-8").splitlines()]
     return [list(line["token_ids"]) for line in lines]
-
-
-def first_other(found: Sequence[int], wanted: Sequence[int]) -> int:
-    """Where the two part, or the shorter ends."""
-    pairs = enumerate(zip(found, wanted, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(found), len(wanted)))
-
-
-class Scratch:
-    """Greedy decoding from scratch by transformers' own attention, as far as answers have asked what it says.
-
-    A token of it depends on those before alone. So what one way's answer has brought to light judges another way's too, up
-    to where the two part; only beyond what is known is there another forward.
-    """
-
-    def __init__(self, model: Any, name: str, begun: Begun) -> None:
-        self.model, self.name, self.begun = model, name, begun
-
-    def key(self, ids: Sequence[int], suffix: Sequence[int]) -> str:
-        return hashlib.sha256(json.dumps([self.name, list(ids), list(suffix)]).encode()).hexdigest()
-
-    def knows(self, key: str, answer: Sequence[int]) -> bool:
-        """Whether an answer can be judged without a forward."""
-        tokens, _ = self.begun.said.get(key, ([], []))
-        return first_other(answer, tokens) < len(tokens) or len(tokens) >= len(answer)
-
-    @torch.no_grad()
-    def says(self, ids: Sequence[int], suffix: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[float]]:
-        """Its tokens and gaps, at least as far as the answer's first that is another."""
-        key = self.key(ids, suffix)
-        if not self.knows(key, answer):
-            with attention(self.model, "sdpa"):
-                whole = torch.tensor([[*ids, *suffix, *answer[:-1]]], device=self.model.device)
-                logits = self.model(whole, logits_to_keep=len(answer), use_cache=False).logits[0].float()
-            top = logits.topk(2)
-            tokens, gaps = top.indices[:, 0].tolist(), (top.values[:, 0] - top.values[:, 1]).tolist()
-            known = first_other(answer, tokens) + 1
-            self.begun.said[key] = [tokens[:known], gaps[:known]]
-        tokens, gaps = self.begun.said[key]
-        return tokens, gaps
-
-
-def never() -> bool:
-    return False
-
-
-def compared(
-    scratch: Scratch,
-    document: Document,
-    suffixes: Sequence[Sequence[int]],
-    found: Sequence[Sequence[int]],
-    late: Callable[[], bool] = never,
-) -> dict[str, Any]:
-    """Every token of every answer beside the one from scratch, up to an answer's first that is another.
-
-    late  asked before a forward, after the first answer: whether to judge no more
-    """
-    ids = document.path_token_ids().tolist()
-    questions, answer_tokens, tokens, equal, flips = 0, 0, 0, 0, []
-    for n, (suffix, answer) in enumerate(zip(suffixes, found, strict=True)):
-        if n and late() and not scratch.knows(scratch.key(ids, suffix), answer):
-            break
-        wanted, gaps = scratch.says(ids, suffix, answer)
-        first = first_other(answer, wanted)
-        questions, answer_tokens = n + 1, answer_tokens + len(answer)
-        tokens, equal = tokens + min(first + 1, len(answer)), equal + first
-        if first < len(answer):
-            flip = {"question": n, "token": first, "got": answer[first], "wanted": wanted[first]}
-            flips.append({**flip, "gap": gaps[first]})
-        scratch.begun.tick(lambda n=n: f"{n + 1} of {len(found)} answers judged, {len(flips)} flips")  # type: ignore[misc]
-    others = sum(flip["token"] == 0 for flip in flips)
-    return {
-        "questions": questions,
-        "answer_tokens": answer_tokens,
-        "tokens": tokens,
-        "equal": equal,
-        "first_tokens_other": others,
-        "flips": flips,
-    }
 
 
 # -- KV that is not the document's -------------------------------------------------------------------------------------
@@ -361,93 +220,6 @@ def altered(document: Document, form: Callable[[Tensor], Tensor]) -> Document:
     other.block()[:, :, :, kept] = form(document.block()[:, :, :, kept].float()).to(document.geometry.dtype)
     other.publish(identity=document.identity, provenance={**document.provenance, "kv": "rounded"})
     return other
-
-
-# -- a reader who means other tokens -----------------------------------------------------------------------------------
-
-
-DEFAULT = "You are a helpful AI assistant. Your knowledge ends in June 2024.\n\n"
-BEFORE_SYSTEM = (
-    "{%- set said = namespace(all=[]) -%}{%- for message in messages -%}{%- if message['role'] == 'system' -%}"
-    "{%- set said.all = said.all + [dict(message, content="
-    + json.dumps(DEFAULT)
-    + " + message['content'])] -%}{%- else -%}"
-    "{%- set said.all = said.all + [message] -%}{%- endif -%}{%- endfor -%}{%- set messages = said.all -%}"
-)
-
-TEMPLATES: dict[str, Callable[[str], str]] = {
-    "another default prompt before the document": lambda template: BEFORE_SYSTEM + template,
-    "another marker of turns": lambda template: template.replace("<|im_start|>", "### "),
-    "another opening of the answer": lambda template: template + "{% if add_generation_prompt %}Answer: {% endif %}",
-}
-"""The publisher's chat template -> the reader's. The last changes nothing that the document's KV depends on."""
-
-
-def digits(parts: dict[str, Any]) -> None:
-    apart = {"type": "Digits", "individual_digits": True}
-    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [apart, parts["pre_tokenizer"]]}
-
-
-def fewer_merges(parts: dict[str, Any]) -> None:
-    merges = parts["model"]["merges"]
-    parts["model"] |= {"merges": merges[: len(merges) // 2], "ignore_merges": False}
-
-
-REVISIONS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "numbers cut into digits": digits,
-    "without the later half of its merges": fewer_merges,
-}
-"""What another revision changes in the parts of a tokenizer, as its tokenizer.json holds them. Every token stays one of the model's."""
-
-
-def remade(
-    tokenizer: Any, *, revision: Callable[[dict[str, Any]], None] | None = None, template: str | None = None
-) -> Any:
-    """A tokenizer of the same parts, or of those that a revision or a template changes."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    if revision is not None:
-        revision(parts)
-    other = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
-        eos_token=tokenizer.eos_token,
-        pad_token=tokenizer.pad_token,
-    )
-    other.chat_template = template or tokenizer.chat_template
-    return other
-
-
-def readers_tokenizer(tokenizer: Any, part: str, way: str) -> Any:
-    if part == "template":
-        return remade(tokenizer, template=TEMPLATES[way](tokenizer.chat_template))
-    return remade(tokenizer, revision=REVISIONS[way] if part == "tokenizer" else None)
-
-
-def refusal(subject: Subject, document: Document, part: str, tokenizer: Any) -> dict[str, Any]:
-    """What `kvkern.load` says of the document's file, with the reader's tokenizer, or below the prompt."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as held:
-        path = Path(folder) / "document.kv"
-        document.save(path)
-        parent = None
-        if part == "order":
-            parent = held.enter_context(kvkern.publish(subject.model, subject.tokenizer, PROMPT))
-        try:
-            kvkern.load(path, subject.model, tokenizer, parent=parent).release()
-        except KvkernError as error:
-            said = {"error": type(error).__name__, "field": error.field, "message": str(error).splitlines()[0]}
-            return {"refused": True, "refused_by": "kvkern.load", **said}
-    return {"refused": False}
-
-
-def meant(subject: Subject, tokens: int, part: str, tokenizer: Any) -> Document:
-    """The document as the reader means it."""
-    text = subject.text(tokens)
-    return kvkern.publish(subject.model, tokenizer, PROMPT + text if part == "order" else text)
-
-
-def token_counts(published: Document, wanted: Document) -> dict[str, int]:
-    a, b = published.token_ids.tolist(), wanted.token_ids.tolist()
-    same = sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
-    return {"published_tokens": len(a), "meant_tokens": len(b), "other_tokens": len(b) - same}
 
 
 # -- logits in each dtype ----------------------------------------------------------------------------------------------
@@ -654,9 +426,9 @@ class Run:
                 result = self.judged(rounded, document, shape, document.encode_ids(questions), limit)
         elif part in CHANGED:
             tokenizer = readers_tokenizer(self.subject.tokenizer, part, way)
-            with meant(self.subject, shape["P"], part, tokenizer) as wanted:
+            with meant(self.subject.model, tokenizer, self.subject.text(shape["P"]), part) as wanted:
                 result = self.judged(document, wanted, shape, wanted.encode_ids(questions), limit)
-                result |= refusal(self.subject, document, part, tokenizer) | token_counts(document, wanted)
+                result |= refusal(self.subject.model, document, part, tokenizer) | token_counts(document, wanted)
         else:
             result = self.judged(document, document, shape, document.encode_ids(questions), limit)
         return {"asked": asked, **result}

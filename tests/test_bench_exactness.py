@@ -17,7 +17,7 @@ import torch
 from kvkern import demo_model
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-OWN = ("harness", "bench_engine", "exactness", "report")
+OWN = ("harness", "bench_engine", "from_scratch", "readers", "exactness", "report")
 TINY = ["--tiny", "--device", "cpu", "--documents", "40", "--questions", "5", "--tokens", "6"]
 NUMBERS = {"questions": 5, "asked": 5, "answer_tokens": 30}
 
@@ -335,13 +335,13 @@ def test_a_model_in_another_dtype_keeps_its_weights_and_frequencies(exactness: A
         assert (ours - expected).abs().max() > 1e-9
 
 
-def test_a_tokenizer_of_another_revision_cuts_otherwise_into_tokens_of_the_model(exactness: Any, subject: Any) -> None:
-    text, tokenizer = subject.text(600), subject.tokenizer
+def test_a_tokenizer_of_another_revision_cuts_otherwise_into_tokens_of_the_model(scripts: Any, subject: Any) -> None:
+    text, tokenizer, readers = subject.text(600), subject.tokenizer, scripts["readers"]
     whole = tokenizer(text)["input_ids"]
-    assert exactness.remade(tokenizer)(text)["input_ids"] == whole
-    fewer = exactness.remade(tokenizer, revision=exactness.fewer_merges)
+    assert readers.remade(tokenizer)(text)["input_ids"] == whole
+    fewer = readers.remade(tokenizer, revision=readers.fewer_merges)
     assert len(fewer(text)["input_ids"]) > len(whole) and max(fewer(text)["input_ids"]) < len(tokenizer)
-    cut = exactness.remade(tokenizer, revision=exactness.digits)
+    cut = readers.remade(tokenizer, revision=readers.digits)
     pieces = [piece for piece, _ in cut.backend_tokenizer.pre_tokenizer.pre_tokenize_str("29 June 2007")]
     assert pieces == ["2", "9", "ĠJune", "Ġ", "2", "0", "0", "7"]
     assert all(other.decode(other(text)["input_ids"]) == tokenizer.decode(whole) for other in (fewer, cut))
