@@ -386,6 +386,10 @@ class Run:
     def late(self) -> bool:
         return time.monotonic() - self.began > self.chosen.seconds
 
+    def can(self, shape: dict[str, Any]) -> bool:
+        """A model without a chat template has no other one either."""
+        return shape["part"] != "template" or bool(self.subject.tokenizer.chat_template)
+
     def published(self, tokens: int) -> Document:
         if self.document is None or self.held != tokens:
             if self.document is not None:
@@ -458,14 +462,12 @@ def main() -> None:
         chosen.seconds = math.inf if chosen.full else 450.0
     bench.resume()
     torch.manual_seed(0)
-    todo = left(bench)
-    if not todo:
+    if not left(bench):
         return
     run = Run(bench)
+    todo = [(shape, limit) for shape, limit in left(bench) if run.can(shape)]
     try:
         for n, (shape, limit) in enumerate(todo):
-            if shape["part"] == "template" and not run.subject.tokenizer.chat_template:
-                continue
             before = held(bench, shape)
             if before is not None and before["questions"] >= limit:  # the time was over, and another pass has done it
                 continue
@@ -483,13 +485,11 @@ def main() -> None:
             bench.keep(shape, found)
             bench.save()
             print(line(shape, found), flush=True)
-        if not left(bench):
-            run.begun.end()
-        else:
+    finally:
+        if any(run.can(shape) for shape, _ in left(bench)):
             run.begun.save()
-    except BaseException:
-        run.begun.save()
-        raise
+        else:
+            run.begun.end()
 
 
 if __name__ == "__main__":

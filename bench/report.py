@@ -563,6 +563,7 @@ def exactness_table(path: Path) -> list[str]:
             f"{judged:,}" if judged == asked else f"{judged:,} of {asked:,}",
             f"{result['tokens']:,}",
             f"{100 * result['equal'] / result['tokens']:.4g} %",
+            f"{100 * result['equal'] / result['answer_tokens']:.4g} %",
             f"{len(gaps):,}",
             f"{max(gaps):.2g}" if gaps else "",
         ]
@@ -570,14 +571,15 @@ def exactness_table(path: Path) -> list[str]:
     def row(*cells: str) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    counted = "questions | tokens | equal | answers with another token | largest gap there |"
+    counted = "questions | tokens | equal | of whole answers | answers with another token | largest gap there |"
     lines = [
         f"Answers over a document's KV beside those from scratch by transformers, {where}, torch {facts['versions']['torch']}: greedy "
-        "tokens up to an answer's first that is another, and the gap between the two largest logits there. Rounded KV shows what is "
+        "tokens up to an answer's first that is another, the share of these that are equal, and of whole answers, and the gap between "
+        "the two largest logits there. Rounded KV shows what is "
         f"lost. Every such token is in the file: `{path.relative_to(ROOT)}`.",
         "",
         f"| model | dtype | document | way | {counted}",
-        "|---" * 9 + "|",
+        "|---" * 10 + "|",
     ]
     for result in sorted(read["tokens"] + read["rounded"], key=lambda result: result["shape"]["P"]):
         shape = result["shape"]
@@ -592,7 +594,7 @@ def exactness_table(path: Path) -> list[str]:
             "on what differs, and the refusal is caution.",
             "",
             f"| the reader's | document | refused by | {counted} first tokens other |",
-            "|---" * 9 + "|",
+            "|---" * 10 + "|",
         ]
     for result in changed:
         shape = result["shape"]

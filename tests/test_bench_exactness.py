@@ -148,13 +148,16 @@ def test_the_table_names_every_way_and_what_is_lost(
 ) -> None:
     monkeypatch.setattr(scripts["report"], "ROOT", file.parent)
     text = "\n".join(scripts["report"].exactness_table(file))
-    assert "| tiny | float32 | 40 | batch 256 | 5 | 30 | 100 % | 0 |  |" in text
-    assert "| the same tokenizer | 40 | not refused | 5 | 30 | 100 % | 0 |  | 0 |" in text
+    assert "| tiny | float32 | 40 | batch 256 | 5 | 30 | 100 % | 100 % | 0 |  |" in text
+    assert "| the same tokenizer | 40 | not refused | 5 | 30 | 100 % | 100 % | 0 |  | 0 |" in text
     way = "without the later half of its merges"
     found = results["tokenizer", way]
     largest = max(flip["gap"] for flip in found["flips"])
     assert f"| tokenizer: {way} | 40 | IdentityError, tokenizer | 5 | {found['tokens']} | " in text
-    assert f" | {len(found['flips'])} | {largest:.2g} | {found['first_tokens_other']} |" in text
+    assert (
+        f" | {100 * found['equal'] / 30:.4g} % | {len(found['flips'])} | {largest:.2g} | {found['first_tokens_other']} |"
+        in text
+    )
     logits = results["logits", "float16"]
     assert f"| float16 | 40 | 5 | 30 | {logits['tokens_equal']} | {logits['difference']:.3g} | " in text
     # Where the time was over, the table says of how many.
@@ -162,7 +165,7 @@ def test_the_table_names_every_way_and_what_is_lost(
     some["results"][0] |= {"questions": 3, "tokens": 18, "equal": 18}
     other = file.parent / "some.json"
     other.write_text(json.dumps(some))
-    assert "| batch 256 | 3 of 5 | 18 | 100 % |" in "\n".join(scripts["report"].exactness_table(other))
+    assert "| batch 256 | 3 of 5 | 18 | 100 % | 60 % |" in "\n".join(scripts["report"].exactness_table(other))
     other.unlink()
 
 
