@@ -251,17 +251,20 @@ class Run:
 def runs(agents: Sequence[int], judged: Sequence[int], *, document: int, answer: int) -> list[Run]:
     """The batches of `--measure`: those to judge between those to fit, since a machine's pace changes in minutes.
 
-    Besides, so that the weights can be told apart: a short document, a long question, a document of four times the length, and
-    agents with copies, since tokens that each reads for itself are few elsewhere.
+    Besides, so that the weights can be told apart: a short document, a long question, a document of 8 times the length (by
+    default longer than those that are simulated), and copies of 4 times the length, since tokens that an agent reads for
+    itself are few elsewhere.
     """
+    few, some, short = min(agents), min(64, max(agents)), min(8, answer)
     both = [Run("fit", count, document, 16, answer) for count in agents]
     both += [Run("judge", count, document, 16, answer) for count in judged]
-    apart = [Run("fit", min(agents), 64, 16, answer), Run("fit", min(64, max(agents)), 64, 16, min(8, answer))]
-    apart += [
-        Run("fit", min(agents), 64, 256, min(8, answer)),
-        Run("fit", min(agents), 4 * document, 16, min(8, answer)),
+    apart = [
+        Run("fit", few, 64, 16, answer),
+        Run("fit", some, 64, 16, short),
+        Run("fit", few, 64, 256, short),
+        Run("fit", some, 8 * document, 16, short),
+        Run("fit", few, 4 * document, 16, short, copies=True),
     ]
-    apart += [Run("fit", min(64, max(agents)), document, 16, min(8, answer), copies=True)]
     return apart + sorted(both, key=lambda run: run.agents)
 
 
