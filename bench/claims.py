@@ -185,6 +185,10 @@ TOLD = Rule("told")
 FASTER = Rule("at least", tolerance=0.1)
 
 
+OTHER_READERS = ("order", "template", "tokenizer")
+"""Parts of exactness.json in which the document's KV is not what the reader means."""
+
+
 # -- numbers of ours ---------------------------------------------------------------------------------------------------
 
 Get = Callable[[Found], float | None]
@@ -251,11 +255,15 @@ def share_kept(part: str, way: str = "") -> Get:
 
     def get(found: Found) -> float | None:
         cells = found.answers(part, way)
-        return (
-            sum(c["equal"] for c in cells) / sum(c["questions"] * c["shape"]["new"] for c in cells) if cells else None
-        )
+        return sum(c["equal"] for c in cells) / sum(c["answer_tokens"] for c in cells) if cells else None
 
     return get
+
+
+def share_refused(found: Found) -> float | None:
+    """Of readers who mean other tokens than the document's."""
+    cells = [cell for part in OTHER_READERS for cell in found.answers(part)]
+    return sum(bool(c["refused"]) for c in cells) / len(cells) if cells else None
 
 
 def logit_difference(dtype: str) -> Get:
@@ -389,8 +397,16 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("channel", "Exactness", "The same, int8 with a scale for each channel", None, percent, TOLD,
           share_kept("rounded", "int8 per channel"), BY_TOKENS),
     Claim("fp8", "Exactness", "The same, fp8 e4m3", None, percent, TOLD, share_kept("rounded", "fp8"), BY_TOKENS),
-    Claim("order", "Exactness", "Tokens kept if the document's KV were taken after another system prompt", None, percent, TOLD,
-          share_kept("order"), BY_TOKENS, "kvkern refuses it: the tokens before the document are part of its identity."),
+    Claim("refused", "Exactness", "Readers who mean other tokens, and are refused", 1.0, percent, Rule("equal"), share_refused,
+          BY_TOKENS, "Another prompt before the document, another chat template, a tokenizer of another revision: KV holds for its tokens "
+          "and those before them, and for no others. The three lines that follow say what it would cost to take it nevertheless.",
+          printed="open"),
+    Claim("order", "Exactness", "Tokens kept if the KV were taken after another system prompt", None, percent, TOLD,
+          share_kept("order"), BY_TOKENS),
+    Claim("template", "Exactness", "Tokens kept if it were taken under another chat template", None, percent, TOLD,
+          share_kept("template"), BY_TOKENS),
+    Claim("tokenizer", "Exactness", "Tokens kept if it were taken by a tokenizer of another revision", None, percent, TOLD,
+          share_kept("tokenizer"), BY_TOKENS, "Where the other revision cuts document and question as before, nothing is lost."),
     # money, by list prices
     Claim("bytes", "Money, by the paper's inputs", "Bytes of KV of one token, Qwen3-4B in 16 bits", 147456, fixed(0), Rule("equal"),
           priced("paper", "inputs", "token_bytes"), PRESET, kind="arithmetic"),

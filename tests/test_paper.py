@@ -83,7 +83,14 @@ def document(*cells: dict[str, Any]) -> dict[str, Any]:
 
 def tokens(part: str, way: str, questions: int, equal: int, compared: int) -> dict[str, Any]:
     shape = {"part": part, "P": 255, "way": way, "model": "a-model", "dtype": "float32", "new": 32}
-    return {"shape": shape, "questions": questions, "tokens": compared, "equal": equal, "flips": [], "seconds": 1.0}
+    return {
+        "shape": shape,
+        "questions": questions,
+        "tokens": compared,
+        "equal": equal,
+        "answer_tokens": 32 * questions,
+        "refused": True,
+    }
 
 
 def folder_of(tmp_path: Path, name: str, **files: Any) -> Path:
@@ -190,6 +197,9 @@ def test_paper_json_gives_every_claim_of_a_machine(claims: Any, tmp_path: Path) 
         tokens("rounded", "int8 per channel", 2, 64, 64),
         tokens("rounded", "fp8 e4m3 per tensor", 2, 32, 34),
         tokens("order", "after another system prompt", 2, 16, 18),
+        tokens("template", "another marker", 2, 48, 50),
+        tokens("tokenizer", "numbers cut into digits", 1, 32, 32),
+        tokens("tokenizer", "a word more", 1, 0, 1),
     ]
     exact += [
         {"shape": {"part": "logits", "P": 255, "way": dtype}, "difference": 0.015625}
@@ -220,8 +230,11 @@ def test_paper_json_gives_every_claim_of_a_machine(claims: Any, tmp_path: Path) 
     assert ours["tokens"] == "100 %" and ours["int8"] == "25 %" and ours["order"] == "25 %" and ours["fp8"] == "50 %"
     assert ours["crowd-shared"] == "10.0x" and ours["crowd-ship-prefill"] == "3.00x" and ours["crowd-copies"] == "2.00x"
     assert ours["predicted"] == "6.25 %" and ours["logits-16"] == "0.016" and ours["demo"] == "71.2x"
+    assert ours["refused"] == "100 %" and ours["template"] == "75 %" and ours["tokenizer"] == "50 %"
     one.exactness["results"][1]["equal"] -= 1
     assert by_key(claims, found, "tokens")["verdict"][one.name] == "does not hold", "one token of 640 is enough"
+    one.exactness["results"][5]["refused"] = False
+    assert by_key(claims, found, "refused")["verdict"][one.name] == "does not hold"
 
 
 def test_the_page_has_a_column_for_each_file_and_every_number_of_it(claims: Any, tmp_path: Path) -> None:
