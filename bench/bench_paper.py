@@ -84,7 +84,7 @@ class Part:
 PARTS = (
     Part("document", "bench_document.py", 300),
     Part("exactness", "exactness.py", 450),
-    Part("compression", "compression.py", 100),
+    Part("compression", "compression.py", 150, ("--dtypes", "bfloat16", "float16", "float32")),
     Part("steps", "simulate.py", 150, ("--measure",), limited=False),
     Part("simulation", "simulate.py", 90, limited=False),
     Part("simulation_measured", "simulate.py", 90, needs="steps", limited=False),

@@ -208,7 +208,7 @@ def test_paper_json_gives_every_claim_of_a_machine(claims: Any, tmp_path: Path) 
     totals = {"prefill": 100.0, "shared": 10.0, "copies": 20.0, "ship": 300.0}
     crowd = {"results": [{"policy": name, "dollars": {"total": total}} for name, total in totals.items()]}
     saved = {"above_1_gb_per_s": True, "smaller": 0.25}
-    kept = [{"shape": {"dtype": dtype}, "verdicts": {"all": saved}} for dtype in ("bfloat16", "float32")]
+    kept = [{"shape": {"dtype": dtype}, "verdicts": {"all": saved}} for dtype in ("bfloat16", "float16", "float32")]
     steps = {
         "judged": [{"use": "fit", "error": 0.5}, {"use": "judge", "error": -0.0625}, {"use": "judge", "error": 0.03}]
     }
