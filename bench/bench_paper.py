@@ -113,6 +113,11 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def machine_hour(chosen: argparse.Namespace) -> float:
+    given: float | None = chosen.machine_hour
+    return claims.MACHINE_HOUR[torch.device(chosen.device).type] if given is None else given
+
+
 def command(part: Part, chosen: argparse.Namespace, folder: Path) -> list[str]:
     """A part's command line."""
     found = [sys.executable, str(BENCH / part.script), *part.arguments]
@@ -120,11 +125,9 @@ def command(part: Part, chosen: argparse.Namespace, folder: Path) -> list[str]:
         if part.name == "steps":
             found += ["--steps", str(folder / part.file), *(("--model", chosen.model) if chosen.model else ())]
             return found + list(AGENTS_TINY if chosen.tiny else ())
-        found += [
-            "--json",
-            str(folder / part.file),
-            *(("--steps", str(folder / f"{part.needs}.json")) if part.needs else ()),
-        ]
+        found += ["--json", str(folder / part.file)]
+        if part.needs:
+            found += ["--steps", str(folder / f"{part.needs}.json"), "--gpu-hour", str(machine_hour(chosen))]
         return found + (["--agents", "100000", "--sampled-agents", "20000"] if chosen.tiny else [])
     found += ["--out", str(folder), "--device", chosen.device]
     if part.limited and not (chosen.full and part.name == "exactness"):
@@ -173,7 +176,7 @@ def gathered(
         else:
             missing.setdefault(part.name, "not run")
     device = torch.device(chosen.device)
-    hour = claims.MACHINE_HOUR[device.type] if chosen.machine_hour is None else chosen.machine_hour
+    hour = machine_hour(chosen)
     parts["prices"] = claims.presets()
     if "document" in parts:
         parts["prices"]["measured"] = claims.prices(folder / "document.json", hour)

@@ -356,10 +356,8 @@ def test_every_part_is_asked_in_its_own_scripts_words(scripts: dict[str, ModuleT
     )
     for name in ("document", "exactness", "compression", "steps"):
         assert lines[name][lines[name].index("--model") + 1] == "/models/one", name
-    assert "--model" not in lines["simulation"] and lines["simulation_measured"][-2:] == [
-        "--steps",
-        str(tmp_path / "steps.json"),
-    ]
+    assert "--model" not in lines["simulation"] and "--gpu-hour" not in lines["simulation"]
+    assert lines["simulation_measured"][-4:] == ["--steps", str(tmp_path / "steps.json"), "--gpu-hour", "0.1"]
 
 
 @pytest.mark.full
