@@ -343,7 +343,6 @@ def parts(bench: Bench) -> list[tuple[dict[str, Any], int | None]]:
         return {"part": part, "P": tokens, "way": way, "model": model, "dtype": chosen.dtype, "new": chosen.tokens}
 
     def others(tokens: int) -> Iterator[dict[str, Any]]:
-        yield shape("tokens", tokens, "batch 1")
         if not chosen.tiny:  # it is in no file
             yield shape("tokens", tokens, "file")
         yield from (shape("rounded", tokens, form) for form in FORMS)
@@ -361,6 +360,8 @@ def parts(bench: Bench) -> list[tuple[dict[str, Any], int | None]]:
         if P > SHORT:
             found.append((shape("tokens", P, "batch 256"), chosen.long_questions))
             found += [(each, None) for each in others(P)]
+    # A step of one row has little work for two threads: beside other processes it takes several times as long.
+    found += [(shape("tokens", P, "batch 1"), None) for P in lengths]
     return [*found, *((shape("tokens", P, "batch 256"), None) for P in lengths)]
 
 
