@@ -124,7 +124,13 @@ def of_paper(paper: File) -> Found:
     parts = paper["parts"]
     names = ("document", "exactness", "compression", "steps", "simulation", "simulation_measured", "prices")
     given = {name: parts[name] for name in names if name in parts}
-    return Found(_of(parts["document"]) if "document" in parts else paper["settings"]["model"], **given)
+    name = _of(parts["document"]) if "document" in parts else paper["settings"]["model"]
+    dtypes = {
+        result["shape"]["dtype"]
+        for result in parts.get("exactness", {}).get("results", ())
+        if "dtype" in result["shape"]
+    }
+    return Found(name + (f"; answers in {' and '.join(sorted(dtypes))}" if dtypes else ""), **given)
 
 
 def of_document(file: File, by_seconds: list[File]) -> Found:
@@ -250,6 +256,16 @@ def share_equal(part: str, way: str = "") -> Get:
     return get
 
 
+def compared(part: str) -> Callable[[Found], str]:
+    """How many tokens of how many answers."""
+
+    def text(found: Found) -> str:
+        cells = found.answers(part)
+        return f"{sum(c['tokens'] for c in cells):,} tokens of {sum(c['questions'] for c in cells):,} answers"
+
+    return text
+
+
 def share_kept(part: str, way: str = "") -> Get:
     """Tokens of the answers that stand before their first other one: what a reader would have got of them."""
 
@@ -320,6 +336,7 @@ class Claim:
     how      where ours is from
     means    in plain words
     printed  what stands in the paper's place, where that is not its number alone
+    counted  what our number was counted over
     """
 
     key: str
@@ -333,6 +350,7 @@ class Claim:
     means: str = ""
     kind: str = "machine"
     printed: str = ""
+    counted: Callable[[Found], str] = lambda found: ""
 
 
 def times(digits: int = 1) -> Callable[[float], str]:
@@ -348,7 +366,7 @@ def percent(value: float) -> str:
 
 
 def small(value: float) -> str:
-    return f"{value:.2g}"
+    return f"{value:.3g}"
 
 
 BY_LENGTH = "`bench/bench_document.py`, medians"
@@ -364,12 +382,15 @@ CLAIMS: tuple[Claim, ...] = (
           lambda f: f.ratio(LONG, "paper"), BY_LENGTH),
     Claim("reader-255", "Reuse against prefill", f"A reader of {SHORT} tokens who loads the KV from disk, asks and gets 64 tokens", 8.6,
           times(2), FASTER, lambda f: f.ratio(SHORT, "reader"), BY_LENGTH,
-          "(prefill + question + answer) / (load + question + answer). The paper leaves out the load, the question and the answer."),
+          "(prefill + question + answer) / (load + question + answer). The paper leaves out the load, the question and the answer.",
+          printed="8.6x"),
     Claim("reader-3774", "Reuse against prefill", f"The same of {LONG:,} tokens", 49.7, times(2), FASTER,
-          lambda f: f.ratio(LONG, "reader"), BY_LENGTH),
+          lambda f: f.ratio(LONG, "reader"), BY_LENGTH,
+          printed="49.7x"),
     Claim("host-3774", "Reuse against prefill", f"A host of 1,024 agents one after another, {LONG:,} tokens", 49.7, times(2),
           FASTER, lambda f: f.ratio(LONG, "host_1024"), BY_LENGTH,
-          "N (prefill + question + answer) / (prefill + N (question + answer)): whole answers, the load is gone."),
+          "N (prefill + question + answer) / (prefill + N (question + answer)): whole answers, the load is gone.",
+          printed="49.7x"),
     Claim("demo", "Reuse against prefill", f"A host of 256 agents at once, {LONG:,} tokens, whole answers", 49.7, times(), FASTER,
           demo_ratio, "`make demo`: seconds an agent from scratch, by reuse",
           "Agents that run together share every read of the document's KV, which the paper's measure has no part in."),
@@ -379,13 +400,14 @@ CLAIMS: tuple[Claim, ...] = (
           break_even(SHORT), BY_LENGTH),
     Claim("prefill-3774", "Reuse against prefill", f"Seconds to prefill {LONG:,} tokens (the paper: Qwen3-4B on an Apple M1 Pro)", 14.71,
           fixed(2, after=" s"), TOLD, lambda f: f.seconds(LONG, "prefill"), BY_LENGTH, "Another machine or model: told, not judged."),
-    Claim("seconds-3774", "Reuse against prefill", "Seconds of one step over them", 0.296, fixed(4, after=" s"), TOLD,
+    Claim("seconds-3774", "Reuse against prefill", "Seconds of one step over them", 0.296, fixed(3, after=" s"), TOLD,
           lambda f: f.seconds(LONG, "step"), BY_LENGTH),
     # exactness
     Claim("tokens", "Exactness", "Greedy tokens by reuse that are those from scratch", 1.0, percent, Rule("equal"),
           share_equal("tokens"), f"{BY_TOKENS}: batches of 256 and of 1, and another process over the .kv file, together",
           "From scratch is transformers' own attention. An answer is compared up to its first other token; each such token is in "
-          "the file with the gap between the two largest logits.", printed="100 %: 24 of 24"),
+          "the file with the gap between the two largest logits.", printed="100 % (24 tokens)",
+          counted=compared("tokens")),
     Claim("logits-16", "Exactness", "Largest difference of a logit, fp16", 0.02, small, Rule("at most"),
           logit_difference("float16"), BY_TOKENS),
     Claim("logits-bf16", "Exactness", "The same in bf16, which has 8 times the rounding of fp16", None, small, TOLD,
@@ -393,7 +415,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("logits-32", "Exactness", "The same in fp32", 0.02, small, Rule("at most"), logit_difference("float32"), BY_TOKENS),
     Claim("int8", "Exactness", "Tokens kept over uniform int8 KV", 1.0, percent, Rule("below"),
           share_kept("rounded", "int8 per tensor"), f"{BY_TOKENS}: tokens of an answer before its first other one",
-          "A KV rounded to int8 is not token-exact: the claim holds if fewer than all are kept.", printed="50 %: 16 of 32"),
+          "A KV rounded to int8 is not token-exact: the claim holds if fewer than all are kept.", printed="50 % (32 tokens)"),
     Claim("channel", "Exactness", "The same, int8 with a scale for each channel", None, percent, TOLD,
           share_kept("rounded", "int8 per channel"), BY_TOKENS),
     Claim("fp8", "Exactness", "The same, fp8 e4m3", None, percent, TOLD, share_kept("rounded", "fp8"), BY_TOKENS),
@@ -457,7 +479,8 @@ CLAIMS: tuple[Claim, ...] = (
           Rule("at least"), divided(dollars_of("ship"), dollars_of("shared")), "`bench/simulate.py`: egress; the reader's machine is free"),
     Claim("crowd-ship-prefill", "80 million agents, simulated", "Shipping the KV against a prefill every time", 2.6, times(2), FASTER,
           divided(dollars_of("ship"), dollars_of("prefill")), "`bench/simulate.py`",
-          "By list prices it is 2.6; by GPU hours a prefill is far cheaper than its list price, so that shipping looks worse."),
+          "By list prices it is 2.6; by GPU hours a prefill is far cheaper than its list price, so that shipping looks worse.",
+          printed="2.6x"),
     Claim("crowd-own", "80 million agents, simulated", "Prefill every time against one shared copy, by steps measured on this machine",
           49.7, times(), FASTER, divided(dollars_of("prefill", "simulation_measured"), dollars_of("shared", "simulation_measured")),
           "`bench/simulate.py --steps`"),
@@ -483,6 +506,8 @@ def judged(claim: Claim, found: Found) -> tuple[str, str]:
     """(our number as text, verdict)."""
     value = claim.ours(found)
     text = MISSING if value is None or math.isnan(value) else "never" if math.isinf(value) else claim.shown(value)
+    if text != MISSING and (over := claim.counted(found)):
+        text += f" ({over})"
     return text, claim.rule.verdict(claim.paper, value)
 
 

@@ -59,6 +59,12 @@ MONTH_S = 30 * 86400.0
 CPU_HOUR, CPU_RESERVE = 0.10, 2e9
 """Of a CPU that was measured: dollars for an hour, assumed for two cores, and bytes that are kept for other things."""
 
+JUDGED_TIMES, JUDGED_S = 3, 30.0
+"""A run that judges is measured so often, or until it took so many seconds in all."""
+
+SIZES = ("use", "agents", "document", "question", "answer", "copies")
+"""What tells runs apart."""
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Progress = Callable[[int, int], Any]
@@ -506,13 +512,15 @@ def inputs_of(model: Any, seconds: StepModel, done: Sequence[dict[str, Any]]) ->
 
 
 def judge(measured: Iterable[dict[str, Any]], seconds: StepModel) -> list[dict[str, Any]]:
-    """Predicted and measured makespan of each run, and (predicted - measured) / measured."""
-    judged = []
+    """Predicted and measured makespan of each run, (predicted - measured) / measured; of a run that was repeated the median."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in measured:
-        predicted = makespan(run, seconds)
-        sizes = {name: run[name] for name in ("use", "agents", "document", "question", "answer", "copies")}
-        error = predicted / run["makespan_s"] - 1
-        judged.append(sizes | {"predicted_s": predicted, "measured_s": run["makespan_s"], "error": error})
+        found.setdefault(tuple(run[name] for name in SIZES), []).append(run)
+    judged = []
+    for sizes, same in found.items():
+        predicted, taken = makespan(same[0], seconds), statistics.median(run["makespan_s"] for run in same)
+        times = {"predicted_s": predicted, "measured_s": taken, "error": predicted / taken - 1, "runs": len(same)}
+        judged.append(dict(zip(SIZES, sizes, strict=True)) | times)
     return judged
 
 
@@ -536,8 +544,12 @@ def measured(chosen: argparse.Namespace) -> None:
     done = []
     for run in planned:
         limits = {"max_extend_tokens": chosen.max_extend, "seed": chosen.seed, "clock": CLOCKS[chosen.clock]}
-        done.append(measure(model, tokenizer, run, **limits))
-        console.note(f"{run.use:5s} {run.agents:5d} agents  {done[-1]['makespan_s']:8.2f} s")
+        # A short run is told apart from its neighbours by little: one that judges is repeated.
+        spent, times = 0.0, 0
+        while times == 0 or (run.use == "judge" and times < JUDGED_TIMES and spent < JUDGED_S):
+            done.append(measure(model, tokenizer, run, **limits))
+            spent, times = spent + done[-1]["makespan_s"], times + 1
+            console.note(f"{run.use:5s} {run.agents:5d} agents  {done[-1]['makespan_s']:8.2f} s")
     seconds = fit([step for run in done if run["use"] == "fit" for step in run["steps"]])
     judged = judge(done, seconds)
     console.say(console.table([(key, str(value)) for key, value in seconds.fields().items()]))

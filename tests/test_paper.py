@@ -227,9 +227,14 @@ def test_paper_json_gives_every_claim_of_a_machine(claims: Any, tmp_path: Path) 
     (one,) = found[1:]
     ours = {row["id"]: row["ours"][one.name] for row in claims.rows(found) if one.name in row["ours"]}
     assert "not measured" not in ours.values(), ours
-    assert ours["tokens"] == "100 %" and ours["int8"] == "25 %" and ours["order"] == "25 %" and ours["fp8"] == "50 %"
+    assert (
+        ours["tokens"] == "100 % (640 tokens of 20 answers)"
+        and ours["int8"] == "25 %"
+        and ours["order"] == "25 %"
+        and ours["fp8"] == "50 %"
+    )
     assert ours["crowd-shared"] == "10.0x" and ours["crowd-ship-prefill"] == "3.00x" and ours["crowd-copies"] == "2.00x"
-    assert ours["predicted"] == "6.25 %" and ours["logits-16"] == "0.016" and ours["demo"] == "71.2x"
+    assert ours["predicted"] == "6.25 %" and ours["logits-16"] == "0.0156" and ours["demo"] == "71.2x"
     assert ours["refused"] == "100 %" and ours["template"] == "75 %" and ours["tokenizer"] == "50 %"
     one.exactness["results"][1]["equal"] -= 1
     assert by_key(claims, found, "tokens")["verdict"][one.name] == "does not hold", "one token of 640 is enough"

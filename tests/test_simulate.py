@@ -472,6 +472,11 @@ def test_a_makespan_is_judged_by_its_relative_error():
     # Three steps: questions of all, then two tokens each.
     (judged,) = sim.judge([run], StepModel(1.0))
     assert judged["predicted_s"] == pytest.approx(3.0) and judged["error"] == pytest.approx(0.5)
+    # Of a run that was repeated the median counts, and another size is another line.
+    again = [run | {"makespan_s": seconds} for seconds in (2.5, 30.0)]
+    first, second = sim.judge([run, *again, run | {"agents": 2}], StepModel(1.0))
+    assert first["measured_s"] == 2.5 and first["error"] == pytest.approx(0.2) and first["runs"] == 3
+    assert second["agents"] == 2 and second["runs"] == 1
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
