@@ -67,3 +67,11 @@ def test_every_file_that_the_readme_names_is_there() -> None:
     named = {word for word in text.split("`") if "/" in word and word.endswith((".py", ".md")) and " " not in word}
     assert len(named) > 10
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_every_script_of_bench_is_in_the_map_and_every_script_of_the_map_is_there() -> None:
+    _, rows = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## The benchmarks\n")
+    named = {
+        word for line in rows.splitlines() if line.startswith("|") for word in line.split("`") if word.endswith(".py")
+    }
+    assert named == {path.name for path in (ROOT / "bench").glob("*.py")}
