@@ -13,6 +13,7 @@ shows. Everything here is duck-typed, so nothing is imported of transformers or 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -466,7 +467,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
             needed="a fast tokenizer",
             do="load it with AutoTokenizer.from_pretrained, which converts it",
         )
-    whole = json.loads(backend.to_str())
+    return _tokenizer_digest(backend.to_str())
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer_digest(text: str) -> str:
+    """Kept by the whole text: a document's load asks for the same tokenizer's again and again, and most of the time is JSON's."""
+    whole = json.loads(text)
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
     return hashlib.sha256(canonical({name: whole.get(name) for name in parts}).encode()).hexdigest()
 
