@@ -276,6 +276,15 @@ def test_what_only_decoding_reads_does_not_count(tokenizer):
     assert tokenizer_digest(tokenizer) == before
 
 
+def test_an_edit_after_a_digest_is_seen_by_the_next(tokenizer):
+    """Digests are kept by the tokenizer's whole text, and not by the tokenizer."""
+    before = tokenizer_digest(tokenizer)
+    tokenizer.add_tokens(["pumps"])
+    after = tokenizer_digest(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert len({before, after, tokenizer_digest(tokenizer)}) == 3
+
+
 def test_paths_versions_and_caches_do_not_count(tokenizer):
     model = tiny_model()
     found = made(model, tokenizer)
