@@ -775,9 +775,8 @@ def paper_table(path: Path) -> list[str]:
     found = claims.of_paper(file)
     found.demo = claims.read(path.with_name("demo.json"))
     folder = path.parent.relative_to(ROOT)
-    minutes = sum(file["seconds"].values()) / 60
     lines = [
-        f"arXiv 2606.13361 measured again (`make bench-paper`, {minutes:.0f} minutes): {found.name}. Every claim, rule and other machine: "
+        f"arXiv 2606.13361 measured again (`make bench-paper`): {found.name}. Every claim, rule and other machine: "
         f"[docs/paper.md](docs/paper.md); tables and figures in one page: `{folder}/report.html`. File: `{path.relative_to(ROOT)}`.",
         "",
         f"![Seconds by document length, and the three ratios]({folder}/paper.svg)",
