@@ -1,6 +1,6 @@
 # make demo    the main job: publish a document, let 256 agents ask it, compare with from scratch
 # make test    the suite             make lint    ruff and mypy             make bench   every benchmark
-# make bench-paper   the claims of arXiv 2606.13361, measured on this machine: 20 minutes, docs/paper.md and report.html
+# make bench-paper   the claims of arXiv 2606.13361, measured on this machine: about 20 minutes, docs/paper.md and report.html
 # make test-full   after it: its larger cases, those of Triton on another one, csrc/ under sanitizers, planted mistakes, and
 #                  what no test enters
 # make clean   what was built        make distclean   and the environments

@@ -9,7 +9,7 @@ Runs the scripts below one after another, each with a limit on its time, and wri
     paper.svg      the README's figure
 
 and then docs/paper.md and the README's tables as `bench/report.py` makes them of every machine's files. By default SmolLM2 of the
-demo: 20 minutes on two cores, in which some 150 of a thousand answers are judged from scratch; run again, it goes on with them.
+demo: about 20 minutes on two cores, too few to judge all of a thousand answers from scratch; run again, it goes on with them.
 --full asks every question over the long document too, for hours.
 
     document      bench_document.py: a document's cost by its length and by its agents
