@@ -181,6 +181,28 @@ WRONG_NUMBERS = """
 """
 
 
+# The mistake of a control is none.
+NO_MISTAKE = """
+    from kvkern.checks import serving
+
+    serving.fold_from_the_right = lambda backend: backend
+
+    def pytest_collection_modifyitems(items):
+        items[:] = [i for i in items if i.name == "test_control_fold"]
+"""
+
+
+def broken_check(tmp_path: Path, plugin: str) -> tuple[str, dict[str, str]]:
+    """What `kvkern check` prints with this plugin in its pytest, and the message of each claim that did not hold."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "broken.py").write_text(plugin)
+    path = f"{ROOT}{os.pathsep}{modules}"
+    done = command("check", code=textwrap.dedent(BROKEN), cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stdout, dict(re.findall(r"(?m)^(.*?)  +NOT HELD +[0-9.]+ s\n    (.*)$", done.stdout))
+
+
 @pytest.mark.parametrize(
     ("broken", "claim", "message", "right"),
     [
@@ -203,17 +225,18 @@ WRONG_NUMBERS = """
 def test_a_broken_backend_is_told_by_the_right_check_and_by_the_exit_code(
     tmp_path: Path, broken: str, claim: str, message: str, right: str
 ) -> None:
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    (modules / "broken.py").write_text(textwrap.dedent(broken) + textwrap.dedent(ONLY_KERNELS))
-    path = f"{ROOT}{os.pathsep}{modules}"
-    done = command("check", code=textwrap.dedent(BROKEN), cwd=tmp_path, PYTHONPATH=path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    told = dict(re.findall(r"(?m)^(.*?)  +NOT HELD +[0-9.]+ s\n    (.*)$", done.stdout))
+    stdout, told = broken_check(tmp_path, textwrap.dedent(broken) + textwrap.dedent(ONLY_KERNELS))
     assert re.match(message, told[claim]), told
     # The other kind of check looks at something else, and holds.
-    assert not [other for other in told if other.startswith(right)] and f"\n{right}" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith(f"NOT HELD: {len(told)} of ")
+    assert not [other for other in told if other.startswith(right)] and f"\n{right}" in stdout
+    assert stdout.splitlines()[-1].startswith(f"NOT HELD: {len(told)} of ")
+
+
+def test_a_control_that_catches_nothing_did_not_hold_and_says_in_which_file(tmp_path: Path) -> None:
+    _, told = broken_check(tmp_path, textwrap.dedent(NO_MISTAKE))
+    assert told.keys() == {"control: a fold in another order is caught"}
+    [message] = told.values()
+    assert re.fullmatch(r"Failed at test_bits\.py:\d+: DID NOT RAISE.*", message)
 
 
 # -- the process behind it, with a stand-in for pytest -----------------------------------------------------------------

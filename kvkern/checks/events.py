@@ -21,6 +21,7 @@ import pytest
 from kvkern.errors import KvkernError
 
 OPTION = "--kvkern-events"
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -90,8 +91,10 @@ def claim_of(item: Any) -> str:
 
 
 def message_of(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-    """An assertion's own words, a refusal whole, and of any other exception where it was raised."""
-    error, place = excinfo.value, excinfo.traceback[-1]
+    """An assertion's own words, a refusal whole, and of any other exception where in kvkern it came from."""
+    # `pytest.raises` and the like raise in pytest's own files, where nobody looks for a check.
+    ours = [entry for entry in excinfo.traceback if Path(str(entry.path)).is_relative_to(PACKAGE)]
+    error, place = excinfo.value, (ours or list(excinfo.traceback))[-1]
     where = f"{Path(str(place.path)).name}:{place.lineno + 1}"
     words = str(error).strip()
     if isinstance(error, pytest.skip.Exception):
