@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvkern.geometry import Geometry
-    from kvkern.store import Header
+    from kvkern.header import Header
 
 app = typer.Typer(
     help="One document, one KV copy, thousands of agents: attention over a shared, read-only prefix.",

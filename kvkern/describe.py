@@ -14,7 +14,7 @@ from kvkern import console
 from kvkern.cost import render_bytes
 
 if TYPE_CHECKING:
-    from kvkern.store import Header
+    from kvkern.header import Header
 
 
 def header_fields(header: Header) -> dict[str, Any]:

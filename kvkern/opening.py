@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvkern.geometry import Geometry
-    from kvkern.store import Header
+    from kvkern.header import Header
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 

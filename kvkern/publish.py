@@ -16,6 +16,7 @@ from kvkern import qwen3, store
 from kvkern.backends import choose
 from kvkern.errors import CapacityError, DeviceError, IdentityError, RequestError, ShapeError, TemplateError
 from kvkern.geometry import Geometry
+from kvkern.header import Header
 from kvkern.identity import Identity, match, model_geometry, short, weights_digest
 from kvkern.prefix import SharedPrefix
 
@@ -311,7 +312,7 @@ def load(
     device = qwen3.check_model(model)
     made: dict[str, Any] = {}
 
-    def make(geometry: Geometry, token_ids: Tensor, header: store.Header) -> SharedPrefix:
+    def make(geometry: Geometry, token_ids: Tensor, header: Header) -> SharedPrefix:
         wording = Wording(
             tokenizer,
             chat=header.identity.template is not None,

@@ -17,7 +17,7 @@ PACKAGE = Path(kvkern.__file__).parent
 # A module imports from lower layers, and within its own only what stands left of it: so no import can come back.
 LAYERS = (
     ("errors", "geometry", "cpu"),
-    ("identity", "packing", "prefix", "pages", "plan"),
+    ("files", "identity", "packing", "header", "prefix", "pages", "plan"),
     (
         "plain",
         "native",

@@ -24,7 +24,9 @@ from test_store import flipped, publish, raw, refused, rewritten
 import kvkern
 from kvkern import cpu, packing, store
 from kvkern.errors import IdentityError, RequestError, StoreError, UnsupportedError
-from kvkern.identity import model_geometry
+from kvkern.files import AGAIN
+from kvkern.header import Frames, header_bytes
+from kvkern.identity import model_geometry, tokens_digest
 from kvkern.prefix import SharedPrefix
 
 FORM = packing.FORM
@@ -243,7 +245,7 @@ def test_any_shape_comes_back_through_a_file(book, tokens, heads, layers, seed):
     kv = prefix.block()[:, :, :, :tokens].view(torch.int16)
     kv.copy_(torch.randint(-(2**15), 2**15, kv.shape, generator=draw).clamp_(-(seed % 2**15) - 1).to(torch.int16))
     identity = dataclasses.replace(
-        book.identity, geometry=geometry, tokens=tokens, token_ids=store.tokens_digest(prefix.token_ids)
+        book.identity, geometry=geometry, tokens=tokens, token_ids=tokens_digest(prefix.token_ids)
     )
     prefix.publish(identity=identity)
     store.save(prefix, book.path, compress=FORM)
@@ -254,7 +256,7 @@ def test_any_shape_comes_back_through_a_file(book, tokens, heads, layers, seed):
 def test_a_header_has_the_size_that_was_left_out_for_it_wherever_its_text_ends(book):
     """As long as the numbers of its frames may get: around the byte from which on it has a page more."""
     geometry, token_ids = dataclasses.replace(book.geometry, layers=1), torch.tensor([7])
-    identity = dataclasses.replace(book.identity, geometry=geometry, tokens=1, token_ids=store.tokens_digest(token_ids))
+    identity = dataclasses.replace(book.identity, geometry=geometry, tokens=1, token_ids=tokens_digest(token_ids))
     sizes = set()
     with SharedPrefix(geometry, token_ids) as prefix:
         # Noise, so that frames have another number of digits than none.
@@ -356,8 +358,8 @@ def reframed(path, index, frame):
     frames[index] = frame
     slots = [one.ljust(packing.slot_bytes(len(one), size), b"\0") for one in frames]
     sums = tuple(cpu.block_sum(torch.frombuffer(bytearray(slot), dtype=torch.uint8)) for slot in slots)
-    made = store.Frames(FORM, size, tuple(map(len, frames)), sums)
-    start = store._header_bytes(header.identity, list(header.kv), list(header.sums), header.provenance, made)
+    made = Frames(FORM, size, tuple(map(len, frames)), sums)
+    start = header_bytes(header.identity, list(header.kv), list(header.sums), header.provenance, made)
     return start + b"".join(slots) + data[header.kv_end :]
 
 
@@ -402,7 +404,7 @@ def test_a_forged_frame_is_named(saved, other, kind):
     _, path, _ = saved
     error = refused_everywhere(other(reframed(path, 2, HOSTILE[kind](content(path, 2)))))
     assert error.field == "frame of kv[layer 1, K]" and "in other.kv" in error.found
-    assert error.needed.endswith("bytes") and error.do == store.AGAIN
+    assert error.needed.endswith("bytes") and error.do == AGAIN
 
 
 def length(to):
@@ -537,7 +539,7 @@ def test_without_the_package_it_says_what_to_install(saved, tmp_path, monkeypatc
 
 
 def test_a_reader_that_knows_plain_files_alone_refuses_it_by_name(saved, monkeypatch):
-    monkeypatch.setattr(store, "PACKED_FORMAT", 1)
+    monkeypatch.setattr("kvkern.header.PACKED_FORMAT", 1)
     error = refused_everywhere(saved[1])
     assert error.field == "metadata.format" and error.found.startswith("2 in ")
 

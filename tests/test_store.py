@@ -20,7 +20,7 @@ import torch
 from test_identity import OTHER_MODELS, OTHER_TOKENIZERS, TEMPLATE, tiny_model, tiny_tokenizer
 
 import kvkern
-from kvkern import cpu, store
+from kvkern import cpu, files, store
 from kvkern.errors import CapacityError, IdentityError, ReadOnlyError, RequestError, StoreError
 from kvkern.geometry import num_segments
 from kvkern.identity import Identity, canonical, match, model_geometry
@@ -99,6 +99,8 @@ CRASHES = """
     import ctypes, itertools, json, os, random, resource, signal, time
     import kvkern
     from kvkern import store
+    from kvkern.errors import StoreError
+    from kvkern.identity import tensor_bytes
     from test_identity import tiny_model, tiny_tokenizer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     file, folder, seed, times = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -209,12 +211,12 @@ CRASHES = """
                     store.save(prefix, path)
                 os._exit(0)
             writers.append(pid)
-        blocks = bytes(store.tensor_bytes(store.load(file).block()))
+        blocks = bytes(tensor_bytes(store.load(file).block()))
         ends, read = [], []
         while writers:
             with store.load(path, mmap=len(read) % 2 == 1) as loaded:
                 loaded.check()
-                assert bytes(store.tensor_bytes(loaded.block())) == blocks
+                assert bytes(tensor_bytes(loaded.block())) == blocks
                 read.append(loaded.provenance["model"])
             for pid in list(writers):
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -232,7 +234,7 @@ CRASHES = """
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
         try:
             store.save(prefix, path)
-        except store.StoreError as error:
+        except StoreError as error:
             return str(error), os.listdir(os.path.dirname(path))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -523,8 +525,8 @@ def test_identity_is_checked_before_a_byte_of_kv_is_read(saved, tokenizer, monke
     _, path, _ = saved
     header = store.inspect(path)
     read = []
-    whole = store._read_into
-    monkeypatch.setattr(store, "_read_into", lambda *a: read.append(a[3] + len(a[4])) or whole(*a))
+    whole = files.read_into
+    monkeypatch.setattr(files, "read_into", lambda *a: read.append(a[3] + len(a[4])) or whole(*a))
     model = tiny_model(rms_norm_eps=1e-5)
     error = refused(path, IdentityError, check=lambda found, where: match(found, model, tokenizer, where=where))
     assert error.field == "architecture.rms_norm_eps" and "in a.kv" in error.found
@@ -778,7 +780,7 @@ def test_a_stranger_is_told_from_a_damaged_file(other, kind):
 
 @pytest.mark.parametrize("at", [0, 1, 5, 8, 20, 28])
 def test_control_a_damaged_header_is_not_taken_for_a_stranger(saved, other, at):
-    assert refused(other(flipped(saved[2], at))).do == store.AGAIN
+    assert refused(other(flipped(saved[2], at))).do == files.AGAIN
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
