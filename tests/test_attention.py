@@ -837,6 +837,20 @@ def test_the_flat_operator_says_what_it_writes():
     assert written == {"pages"}
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_under_autograd_it_has_the_same_bits_and_refuses_a_gradient(name):
+    step = Step()
+    given = step.arguments()
+    with torch.no_grad():
+        needed = shared_prefix_attention(**given)
+    o = shared_prefix_attention(**given | {name: given[name].clone().requires_grad_()})
+    assert_same_bits(o.detach(), needed, "o")
+    with pytest.raises(RequestError, match=r"backward: .*no backward"):
+        o.sum().backward()
+    with torch.no_grad():
+        assert not shared_prefix_attention(**given).requires_grad
+
+
 PLANS = [  # other numbers of agents, nodes, paths, states, items, tiles and rows
     [("a", 1), ("a", 2)],
     [("b", 1), (None, 1), ("a", 1), ("b", 30)],
