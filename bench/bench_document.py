@@ -44,7 +44,10 @@ alone reads, loaded from the .kv file:
     copies         measured: false where all copies, needed_bytes, do not fit into found_bytes: --copies-gib, or half of what is
                    free; then what is _copied is null or []
     bytes_per_agent (copy / N + pages of question and answer), bytes_per_agent_copied (each with a copy of its own)
-    scratch_one_s  prefill, question and answer of one agent, which is measured for one and for no more
+    from_scratch   {agents: seconds}: so many agents without any of this, by transformers' own generate and attention, all at once:
+                   prefill of document and question, and 64 tokens for each. Measured for few: 1, then 2, then 4, while that
+                   takes at most 45 times --part-seconds
+    scratch_per_agent_s          of the most agents that were measured
 
     document part=length P=3774 model=... | prefill <s> s, load <s> cold <s> warm, question <ms> ms, step <ms> ms, answer <s> s |
              paper <n>x, reader <n>x, host <n>x of 1, <n>x of 16, ...
@@ -70,6 +73,7 @@ from typing import Any, NamedTuple
 import bench_engine
 import torch
 from bench_engine import FAILURES, QUESTION, draw
+from from_scratch import attention
 from harness import Bench, WrongResult, shown
 from peers import available_memory
 
@@ -89,8 +93,10 @@ FIRST = 8
 HOSTED = (1, 16, 256, 1024)
 WORDS = "\n\nOn which date was version 3 of this license published, and by which foundation was it?"
 
-PATIENCE = 20
-"""An answer of all agents is measured where it takes at most so many --part-seconds."""
+PATIENCE, SCRATCH_PATIENCE = 20, 45
+"""An answer of all agents, and agents from scratch, are measured where that takes at most so many --part-seconds."""
+SCRATCH_AGENTS = 4
+"""From scratch, at most."""
 
 Asked = tuple[float, list[float], float, list[int]]
 """Seconds of the question, of each timed step, of all steps together, and the tokens."""
@@ -334,10 +340,10 @@ def ratios(medians: dict[str, float], *, cold: bool) -> dict[str, Any]:
 
 
 class Shared(NamedTuple):
-    """The document of the agents, and the seconds of one of them from scratch: prefill, question, answer."""
+    """The document of the agents, and the seconds of some of them from scratch, by their number."""
 
     document: kvkern.Document
-    scratch: dict[str, float]
+    scratch: dict[int, float]
 
 
 def by_length(
@@ -382,7 +388,7 @@ def by_length(
         medians = {name: statistics.median(found) for name, found in samples.items() if found}
         if keep is not None:
             fresh.retain()
-            keep.append(Shared(fresh, {name: medians[name] for name in ("prefill", "question", "answer")}))
+            keep.append(Shared(fresh, {}))
     finally:
         fresh.release()
         path.unlink(missing_ok=True)
@@ -400,13 +406,10 @@ def by_length(
     }
 
 
-def agents_share(bench: Bench, source: Source, engine: kvkern.Engine, tokens: int) -> Shared:
+def agents_share(bench: Bench, source: Source, tokens: int) -> Shared:
     """Their document where no cell by length has left one."""
-    document, samples = prefill(bench, source, source.document(tokens)[0])
-    question = source.question()
-    ask(bench, engine, document, question, FIRST)
-    asked, _, answered, _ = ask(bench, engine, document, question, ANSWER)
-    return Shared(document, {"prefill": statistics.median(samples["prefill"]), "question": asked, "answer": answered})
+    document, _ = prefill(bench, source, source.document(tokens)[0])
+    return Shared(document, {})
 
 
 class Together(NamedTuple):
@@ -494,6 +497,34 @@ def copied(bench: Bench, source: Source, document: kvkern.Document, count: int, 
         yield copies, seconds
 
 
+def from_scratch(bench: Bench, source: Source, shared: Shared, questions: Sequence[list[int]]) -> dict[int, float]:
+    """{agents: seconds} of few of them without kvkern, as many as there is time for; what was measured before is not again."""
+    document, known = shared.document.token_ids.tolist(), shared.scratch
+
+    def generate(agents: int, tokens: int) -> None:
+        ids = torch.tensor([[*document, *question] for question in questions[:agents]], device=bench.device)
+        with attention(source.model, "sdpa"), torch.no_grad():
+            found = source.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                pad_token_id=0,
+            )
+        if found.shape[1] != ids.shape[1] + tokens:
+            raise RuntimeError(f"{found.shape[1] - ids.shape[1]} tokens from scratch, needed {tokens}")
+
+    agents, limit = 1, SCRATCH_PATIENCE * bench.options.part_seconds
+    while agents <= min(len(questions), SCRATCH_AGENTS) and (agents == 1 or known[1] * agents <= limit):
+        if agents not in known:
+            if bench.device.type == "cuda":
+                generate(agents, 2)  # the first run of a shape chooses its kernels
+            known[agents] = clock(bench, partial(generate, agents, ANSWER))
+        agents *= 2
+    return dict(known)
+
+
 def room(bench: Bench) -> int:
     """Bytes that copies may take."""
     if bench.options.copies_gib is not None:
@@ -520,6 +551,7 @@ def by_agents(bench: Bench, source: Source, shared: Shared, agents: int, path: P
                 raise WrongResult(
                     "wrong result: an agent with a copy of its own has another answer; no time is reported"
                 )
+    scratch = from_scratch(bench, source, shared, questions)
     return {
         "backend": ours.engine.backend.name,
         "agents": agents,
@@ -534,9 +566,8 @@ def by_agents(bench: Bench, source: Source, shared: Shared, agents: int, path: P
         "copies": {"measured": theirs is not None, "needed_bytes": needed, "found_bytes": found},
         "bytes_per_agent": document.size_bytes / agents + pages,
         "bytes_per_agent_copied": document.size_bytes + pages,
-        "scratch_one": shared.scratch,
-        "scratch_one_s": sum(shared.scratch.values()),
-        "scratch_agents_measured": 1,
+        "from_scratch": {str(n): seconds for n, seconds in scratch.items()},
+        "scratch_per_agent_s": scratch[max(scratch)] / max(scratch),
         "rounding": ours.engine.describe()["rounding"],
     }
 
@@ -555,7 +586,7 @@ def line(shape: dict[str, Any], found: dict[str, Any]) -> str:
             f"document {shown(shape)} | step {s['step'] * 1e3:.2f} ms, {found['step_per_agent_s'] * 1e3:.3f} ms an agent, {copied} | "
             f"{cost.render_bytes(found['bytes_per_agent'])} an agent, "
             f"{cost.render_bytes(found['bytes_per_agent_copied'])} with copies | "
-            f"from scratch {found['scratch_one_s']:.2f} s, measured for one"
+            f"from scratch {found['scratch_per_agent_s']:.2f} s an agent, {max(map(int, found['from_scratch']))} at once"
         )
     r = found["ratios"]
     cold = {True: "cold", False: "not cold", None: "cold, not confirmed"}[found["cold"]]
@@ -624,7 +655,7 @@ def main() -> None:
                     found = by_length(bench, source, engine, tokens, Path(folder), keep)
                 else:
                     if not shared:
-                        shared.append(agents_share(bench, source, engine, tokens))
+                        shared.append(agents_share(bench, source, tokens))
                     found = by_agents(bench, source, shared[0], shape["B"], Path(folder) / "shared.kv")
             except FAILURES as error:
                 bench.fail(shape, error)

@@ -84,7 +84,7 @@ class Part:
 
 PARTS = (
     Part("document", "bench_document.py", 300),
-    Part("exactness", "exactness.py", 500),
+    Part("exactness", "exactness.py", 440),
     Part("compression", "compression.py", 150, ("--dtypes", "bfloat16", "float16", "float32")),
     Part("steps", "simulate.py", 150, ("--measure",), limited=False),
     Part("simulation", "simulate.py", 90, limited=False),

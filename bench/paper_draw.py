@@ -261,12 +261,12 @@ def draw_agents(ax: Axes, cells: Sequence[Cell]) -> None:
         for name, samples in cell["seconds"].items():
             if name.startswith("step") and (middle := median(samples)) is not None:
                 found.setdefault(STEPS.get(name, name), []).append((cell["agents"], middle / cell["agents"]))
-    scratch = median([cell["scratch_one_s"] / ANSWER for cell in cells if "scratch_one_s" in cell])
+    scratch = median([cell["scratch_per_agent_s"] / ANSWER for cell in cells if "scratch_per_agent_s" in cell])
     if scratch is not None:
         ax.axhline(scratch, color=GREY, linestyle="--", linewidth=1.5)
         where = {"textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 8}
         ax.annotate(
-            "from scratch, measured for one agent", (1, scratch), (0, -3), xycoords=("axes fraction", "data"), **where
+            "from scratch, measured for few agents", (1, scratch), (0, -3), xycoords=("axes fraction", "data"), **where
         )
     lines(ax, found)
     log_axis(ax.yaxis, seconds_tick)

@@ -455,6 +455,11 @@ def linear_table(path: Path) -> list[str]:
 # -- a document by its length and by its agents ------------------------------------------------------------------------
 
 
+def scratch_agents(result: dict[str, Any]) -> int | None:
+    """The most agents at once of whom it is known what they take from scratch."""
+    return max(map(int, result.get("from_scratch", ())), default=None)
+
+
 def document_table(path: Path, part: dict[str, Any] | None = None) -> list[str]:
     """What a document costs by its length, three ratios beside it, and by its agents."""
     file = json.loads(path.read_text()) if part is None else part
@@ -506,11 +511,12 @@ def document_table(path: Path, part: dict[str, Any] | None = None) -> list[str]:
         lines += [
             "",
             "By its agents, all at once, over one shared copy and each over a copy of its own, by agent: a step of one token for each; a "
-            "whole answer, question of 16 tokens and 64 of the answer; bytes of KV. From scratch (prefill, question and answer) is "
-            "measured for one agent and for no more. Not measured: an answer that would take too long, copies that do not fit.",
+            "whole answer, question of 16 tokens and 64 of the answer; bytes of KV. From scratch: the whole answer by transformers' own "
+            "generate and attention over document and question, measured for as few agents at once as stand in brackets. Not "
+            "measured: an answer that would take too long, copies that do not fit.",
             "",
             "| agents | tokens | model | dtype | step, shared | step, copies | answer, shared | answer, copies | bytes, shared | "
-            "bytes, copies | one from scratch |",
+            "bytes, copies | answer, from scratch |",
             "|---" * 11 + "|",
         ]
     for result in sorted(parts, key=lambda result: (result["document"], result["agents"])):
@@ -536,7 +542,7 @@ def document_table(path: Path, part: dict[str, Any] | None = None) -> list[str]:
             answer("_copied"),
             f"{result['bytes_per_agent'] / 2**20:.1f} MiB",
             f"{result['bytes_per_agent_copied'] / 2**20:.1f} MiB",
-            f"{result['scratch_one_s']:.2f} s",
+            MISSING if (few := scratch_agents(result)) is None else f"{result['scratch_per_agent_s']:.2f} s ({few})",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     for cell in file.get("failed", ()):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import kvkern
 
@@ -81,7 +82,7 @@ def test_cells_by_length_and_by_agents_hold_samples_and_what_follows_from_them(
         "step_copied": 3,
         "load_copy": 3,
     }
-    assert agents["agents"] == 3 and agents["scratch_agents_measured"] == 1
+    assert agents["agents"] == 3 and agents["from_scratch"].keys() == {"1"}  # two would take longer than no time at all
     for kind in ("", "_copied"):
         assert agents[f"step{kind}_per_agent_s"] == pytest.approx(
             statistics.median(agents["seconds"][f"step{kind}"]) / 3
@@ -92,9 +93,9 @@ def test_cells_by_length_and_by_agents_hold_samples_and_what_follows_from_them(
     assert copies["measured"] and copies["needed_bytes"] == 3 * (128 + 32) * token <= copies["found_bytes"]
     assert agents["bytes_per_agent"] == 128 * token / 3 + 32 * token
     assert agents["bytes_per_agent_copied"] == (128 + 32) * token
-    assert agents["scratch_one_s"] == pytest.approx(sum(agents["scratch_one"].values()))
+    assert agents["scratch_per_agent_s"] == agents["from_scratch"]["1"] > 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2 and "paper" in printed[0] and "measured for one" in printed[1]
+    assert len(printed) == 2 and "paper" in printed[0] and "an agent, 1 at once" in printed[1]
     assert not list(tmp_path.rglob("*.kv"))
 
     # Taken up again: nothing is left to run, no model is made.
@@ -123,14 +124,28 @@ def test_copies_that_do_not_fit_are_told_and_answers_are_whole_where_there_is_ti
     argv = ["--lengths", "100", "--agents", "2", "3", "--document", "100", "--copies-gib", str(2 * 160 * 512 / 2**30)]
     argv += ["--part-seconds", "1e-9"]
     monkeypatch.setattr(scripts["bench_document"], "PATIENCE", 1e12)
-    length, two, three = ran(scripts, monkeypatch, tmp_path / "out", *argv)["results"]
+    monkeypatch.setattr(scripts["bench_document"], "SCRATCH_PATIENCE", 1e12)
+    shapes: list[tuple[Any, ...]] = []
+    generate = transformers.GenerationMixin.generate
+
+    def from_scratch(model: Any, ids: Any, **options: Any) -> Any:
+        shapes.append((*ids.shape, options["max_new_tokens"], model.config._attn_implementation))
+        return generate(model, ids, **options)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", from_scratch)
+    _, two, three = ran(scripts, monkeypatch, tmp_path / "out", *argv)["results"]
     assert [two["copies"]["measured"], three["copies"]["measured"]] == [True, False]
     assert three["copies"] == {"measured": False, "needed_bytes": 3 * 160 * 512, "found_bytes": 2 * 160 * 512}
     assert three["seconds"]["step_copied"] == three["seconds"]["load_copy"] == []
     assert three["step_copied_per_agent_s"] is three["extend_copied_s"] is three["answer_copied_s"] is None
     # All steps, of which those in the samples are some.
     assert two["answer_s"] > sum(two["seconds"]["step"]) and three["answer_s"] > 0 and two["answer_copied_s"] > 0
-    assert published.count(100) == 1 and two["scratch_one"]["prefill"] == length["seconds"]["prefill"][0]
+    assert published.count(100) == 1
+    # Document, question and answer without kvkern; the second number of agents asks for none that the first one has measured.
+    answer = scripts["bench_document"].ANSWER
+    assert shapes == [(1, 116, answer, "sdpa"), (2, 116, answer, "sdpa")]
+    assert two["from_scratch"].keys() == {"1", "2"} and three["from_scratch"] == two["from_scratch"]
+    assert two["scratch_per_agent_s"] == two["from_scratch"]["2"] / 2
     assert "not measured with copies: 240.0 KiB of 160.0 KiB" in capsys.readouterr().out.splitlines()[2]
     monkeypatch.setattr(scripts["report"], "ROOT", tmp_path)
     lines = scripts["report"].document_table(tmp_path / "out" / "document.json")
