@@ -6,6 +6,9 @@ comes out with the same bits, at every position, of every distinct linear layer,
 element-wise loop is no safer than a GEMM: the tail of a thread's share may go through another routine.) Nothing of this is
 known beforehand, so it is measured, with the model's own weights, at this number of threads, on this device.
 
+A result that is rounded to 16 bits hides nearly all of what another order of summation changes in fp32: of a bf16 layer's outputs 1
+in 6,000 shows it. So the rows of a linear layer are such that some outputs nearly cancel, where 1 in 25 does.
+
 The output projection has a class of its own: it sees only the rows whose next token is wanted, and costs the most.
 """
 
@@ -16,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +33,13 @@ HEAD_BUCKETS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Fewer for the output projection: it alone is most of the work, and with 128 rows a GEMM is as fast per row as with 512."""
 GPU_BUCKETS = (*BUCKETS, 768, 1024)
 """On a GPU, for both: a forward of few rows takes the time to read the weights, so each one more costs as much again."""
+
+VALUES = {2: 2**17, 4: 2**14, 8: 2**14}
+"""Outputs of a module that are compared, by the bytes of one, if its rows are random."""
+NEARLY_ZERO, IN_A_ROW = 4096, 256
+"""Outputs of a linear layer that nearly cancel, and of them in one row at most."""
+MIN_ROWS = 16
+"""That are compared: a row has others beside it."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +174,17 @@ def _measure(case: _Case) -> Rounding:
 
 
 class _Probe(NamedTuple):
-    """One module: `inputs(rows, generator)` draws so many rows, `run` takes them as [1, rows, ...]."""
+    """One module: `inputs(rows, generator)` draws so many rows, `run` takes them as [1, rows, ...].
+
+    cancelling  outputs of a row that nearly cancel; 0 where rows are simply random
+    """
 
     key: Hashable
     name: str
     inputs: Callable[[int, torch.Generator], Tensor]
     run: Callable[[Tensor], tuple[Tensor, ...]]
     is_head: bool = False
+    cancelling: int = 0
 
 
 def _probes(model: nn.Module) -> Iterator[_Probe]:
@@ -202,7 +216,10 @@ def _probes_of(module: Any, model: Any, *, is_head: bool) -> Iterator[_Probe]:
     if isinstance(module, nn.Linear):
         n, k, bias = module.out_features, module.in_features, module.bias is not None
         label = f"{name} {n} x {k}{' with bias' if bias else ''}"
-        yield _Probe((kind, n, k, bias, dtype, is_head), label, normal(k), one(module), is_head)
+        known = dtype.itemsize == 2 and module.weight.shape == (n, k) and module.weight.dtype == dtype
+        some = min(n, k // 2, IN_A_ROW) if known else 0
+        inputs = partial(_nearly_cancelling, module, some) if some else normal(k)
+        yield _Probe((kind, n, k, bias, dtype, is_head), label, inputs, one(module), is_head, some)
     elif name.endswith("Norm") and parameter.dim() == 1:
         size, config = parameter.numel(), model.config
         # A norm of heads sees [rows, heads, head_dim], one of the hidden state [rows, hidden].
@@ -243,13 +260,14 @@ def _largest(probes: Sequence[_Probe], buckets: Sequence[int], *, most_rows: boo
 
     most_rows  the set that goes up to most rows, however many buckets it has
     """
+    given = [_rows(probe) for probe in probes]
     outside: dict[int, str] = {}
     classes: dict[tuple[str, ...], list[int]] = {}
     signatures: dict[int, tuple[str, ...]] = {}
     for bucket in buckets:
         signature = []
-        for probe in probes:
-            digest = _row_digest(probe, bucket)
+        for probe, rows in zip(probes, given, strict=True):
+            digest = _digest(probe, rows, bucket)
             if digest is None:
                 outside[bucket] = f"{probe.name}: a row's bits depend on its position"
                 break
@@ -273,21 +291,53 @@ def _largest(probes: Sequence[_Probe], buckets: Sequence[int], *, most_rows: boo
 
 
 @torch.inference_mode()
-def _row_digest(probe: _Probe, bucket: int) -> str | None:
-    """Digest of the probe's row in this bucket; None if it differs between positions.
+def _digest(probe: _Probe, rows: Tensor, bucket: int) -> str | None:
+    """Digest of what the probe makes of these rows in forwards of so many; None if a row's bits differ between places.
 
-    The row stands at the first and last position and at three of four between, among rows that differ with the bucket.
+    Twice, in two random orders; where there are more places than rows, rows stand at several of them.
     """
-    row = probe.inputs(1, torch.Generator().manual_seed(0))
+    places = -(-len(rows) // bucket) * bucket
     generator = torch.Generator().manual_seed(bucket)
-    inputs = probe.inputs(bucket, generator)
-    own = torch.rand(bucket, generator=generator) < 0.75
-    own[0] = own[-1] = True
-    inputs[own.to(inputs.device)] = row
+    first: list[Tensor] = []
+    for _ in range(2):
+        order = (torch.randperm(places, generator=generator) % len(rows)).to(rows.device)
+        forwards = [probe.run(chunk[None]) for chunk in rows[order].split(bucket)]
+        found = [torch.cat([output[0] for output in outputs]) for outputs in zip(*forwards, strict=True)]
+        if not first:
+            first = [output.new_empty((len(rows), *output.shape[1:])).index_copy_(0, order, output) for output in found]
+        for output, needed in zip(found, first, strict=True):
+            if not torch.equal(output.view(torch.uint8), needed[order].view(torch.uint8)):
+                return None
     digest = hashlib.sha256()
-    for output in probe.run(inputs[None]):
-        rows = output[0][own.to(output.device)].contiguous().view(torch.uint8)
-        if not torch.equal(rows, rows[:1].expand_as(rows)):
-            return None
-        digest.update(rows[0].cpu().numpy().tobytes())
+    for output in first:
+        digest.update(output.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _rows(probe: _Probe) -> Tensor:
+    """What the probe is given, the same for every bucket."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = probe.run(probe.inputs(1, generator)[None])
+    values = sum(output.numel() for output in outputs)
+    if probe.cancelling:
+        wanted = -(-NEARLY_ZERO // probe.cancelling)
+    else:
+        wanted = -(-VALUES[outputs[0].element_size()] // values)
+    return probe.inputs(max(MIN_ROWS, wanted), generator)
+
+
+def _nearly_cancelling(layer: nn.Linear, some: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Random rows, so many random outputs of each are zero but for the row's own rounding to 16 bits.
+
+    Where terms of the usual size sum up to nearly nothing, the rounding of their sums is as large as that of the result.
+    """
+    found = torch.randn((rows, layer.in_features), generator=generator)
+    for row in found:
+        which = torch.randperm(layer.out_features, generator=generator)[:some].to(layer.weight.device)
+        basis, r = torch.linalg.qr(layer.weight[which].float().cpu().T)
+        row -= basis @ (row @ basis)
+        if layer.bias is not None:
+            bias = layer.bias[which].float().cpu()
+            row -= basis @ torch.linalg.solve_triangular(r.T, bias[:, None], upper=False)[:, 0]
+    return found.to(layer.weight)
