@@ -149,8 +149,10 @@ def measure(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, float],
     wanted = [part for part in PARTS if chosen.only is None or part.name in chosen.only]
     for n, part in enumerate(wanted, 1):
         # A script that takes up its own file is asked again: it may have cells left.
-        if not part.limited and (folder / part.file).exists():
+        file = folder / part.file
+        if file.exists() and not part.limited:
             continue
+        begun = file.exists() or file.with_suffix(".begun").exists()
         if part.needs and not (folder / f"{part.needs}.json").exists():
             missing[part.name] = f"needs {part.needs}, which is not there"
             continue
@@ -159,7 +161,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, float],
         try:
             status = subprocess.run(command(part, chosen, folder), cwd=ROOT).returncode
         finally:
-            before = spent.get(part.name, 0.0) if part.limited else 0.0  # the others begin anew
+            before = spent.get(part.name, 0.0) if begun else 0.0
             spent[part.name] = before + time.perf_counter() - began
             spent_file.write_text(json.dumps(spent) + "\n")
         if status:

@@ -334,6 +334,15 @@ def test_again_forgets_and_only_measures_what_it_names(parts: Parts) -> None:
     assert "document" not in parts.file()["parts"]
 
 
+def test_the_seconds_of_a_part_are_of_all_runs_that_its_file_is_of(parts: Parts) -> None:
+    assert parts.run("--only", "document") == 0
+    (folder,) = (parts.paper.ROOT / "build" / "paper").iterdir()
+    (folder / "seconds.json").write_text('{"document": 1000.0}')
+    assert parts.run("--only", "document") == 0 and parts.file()["seconds"]["document"] > 1000
+    (folder / "document.json").unlink()
+    assert parts.run("--only", "document") == 0 and parts.file()["seconds"]["document"] < 1000
+
+
 def test_a_stopped_run_writes_nothing_and_keeps_what_was_measured(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
