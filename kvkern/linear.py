@@ -216,7 +216,10 @@ def _probes_of(module: Any, model: Any, *, is_head: bool) -> Iterator[_Probe]:
     if isinstance(module, nn.Linear):
         n, k, bias = module.out_features, module.in_features, module.bias is not None
         label = f"{name} {n} x {k}{' with bias' if bias else ''}"
-        known = dtype.itemsize == 2 and module.weight.shape == (n, k) and module.weight.dtype == dtype
+        weight = module.weight  # of a quantized layer it may be anything
+        known = (
+            type(weight) is nn.Parameter and weight.shape == (n, k) and weight.dtype == dtype and dtype.itemsize == 2
+        )
         some = min(n, k // 2, IN_A_ROW) if known else 0
         inputs = partial(_nearly_cancelling, module, some) if some else normal(k)
         yield _Probe((kind, n, k, bias, dtype, is_head), label, inputs, one(module), is_head, some)

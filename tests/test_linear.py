@@ -182,6 +182,24 @@ def test_the_rows_of_a_linear_layer_show_another_order_of_summation(seed, out, k
     assert differ(torch.randn(rows.shape).to(dtype)) < differ(rows) / 10
 
 
+class Quantized(nn.Linear):
+    """Keeps its weight in 8 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 64)
+
+
+def test_a_layer_whose_weight_is_no_plain_one_is_measured_on_random_rows(qwen3):
+    model = qwen3.to(torch.bfloat16)
+    replace(model, "o_proj", lambda kind: Quantized)
+    for layer in model.model.layers:
+        weight = layer.self_attn.o_proj.weight
+        layer.self_attn.o_proj.weight = nn.Parameter((weight * 64).to(torch.int8), requires_grad=False)
+    probes = {probe.name: probe for probe in linear._probes(model)}
+    assert probes["Quantized 64 x 64"].cancelling == 0 and probes["Linear 64 x 96"].cancelling == 48
+    assert "Quantized 64 x 64" in measure(model, buckets=BUCKETS).probes
+
+
 def test_control_a_bucket_in_which_other_rows_are_felt_is_out(qwen3):
     natural = measure(qwen3, buckets=BUCKETS).layers.buckets
     replace(qwen3, "up_proj", with_forward(depends_on_the_neighbours_of_16_rows))
