@@ -342,5 +342,8 @@ def _nearly_cancelling(layer: nn.Linear, some: int, rows: int, generator: torch.
         row -= basis @ (row @ basis)
         if layer.bias is not None:
             bias = layer.bias[which].float().cpu()
-            row -= basis @ torch.linalg.solve_triangular(r.T, bias[:, None], upper=False)[:, 0]
+            against = torch.linalg.solve_triangular(r.T, bias[:, None], upper=False)[:, 0]
+            # Where rows of the weight depend on each other it is huge or NaN, which would show nothing.
+            if against.norm() <= layer.in_features**0.5:
+                row -= basis @ against
     return found.to(layer.weight)

@@ -182,6 +182,24 @@ def test_the_rows_of_a_linear_layer_show_another_order_of_summation(seed, out, k
     assert differ(torch.randn(rows.shape).to(dtype)) < differ(rows) / 10
 
 
+@pytest.mark.parametrize("weight", ["zeros", "the same row twice", "nearly the same row twice"])
+def test_rows_are_finite_and_of_the_usual_size_whatever_the_weight_and_the_bias(seed, weight):
+    """NaN has the same bits in every bucket: a layer that gives nothing else would be compared with nothing."""
+    layer = nn.Linear(64, 40, dtype=torch.bfloat16)
+    with torch.no_grad():
+        if weight == "zeros":
+            layer.weight.zero_()
+        else:
+            layer.weight[20:] = layer.weight[:20]
+            layer.weight[20:, 0] += 1e-3 * (weight != "the same row twice")
+    (probe,) = linear._probes_of(layer, nn.Sequential(layer), is_head=False)
+    rows = linear._rows(probe)
+    with torch.inference_mode():
+        (outputs,) = probe.run(rows[None])
+    assert probe.cancelling == 32 and rows.isfinite().all() and outputs.isfinite().all()
+    assert rows.float().norm(dim=1).max() < 3 * 64**0.5
+
+
 class Quantized(nn.Linear):
     """Keeps its weight in 8 bits."""
 
