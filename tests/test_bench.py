@@ -470,8 +470,8 @@ def test_without_a_suffix_every_entry_sees_the_prefix_alone(
     assert torch.equal(case.pool.pages, before) and layer.kernels(case).keys() == {"K1", "K2"}
     o, _ = layer.kernels(case)["K2"]()
     layer.check(case, o)
-    case.pool.seq_lens[3] = 1  # the control: a token of its own
-    assert (case.kvkern()[3].double() - reference[3]).abs().max() > 1e-2
+    case.pool.seq_lens.fill_(1)  # the control: a token of its own, which one row alone hardly heeds in 10 draws of 300
+    assert (case.kvkern().double() - reference).abs().max() > 1e-2
 
 
 def test_columns_of_k1_and_k2_count_what_each_has_to_do(scripts: Any, tmp_path: Path) -> None:
